@@ -1,0 +1,104 @@
+"""Descriptions of a model's inputs, and example feeds made from them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from attn_deploy.errors import UsageError
+from attn_deploy.session import Array
+
+FLOATS = ("float32", "float64", "float16")
+
+
+@dataclass(frozen=True)
+class ExampleInput:
+    """One input of the model: `shape` includes the batch as its first dimension.
+
+    Floats are drawn from a normal distribution, integers from [low, high), and `mask` gives rows of ones that end in
+    zeros, as attention masks of padded text do.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    low: int = 0
+    high: int = 2
+    mask: bool = False
+
+    def describe(self) -> str:
+        return f"{self.name}={'x'.join(str(d) for d in self.shape)}:{self.dtype}"
+
+
+_INPUT = re.compile(r"^(?P<name>[A-Za-z_]\w*)=(?P<shape>\d+(x\d+)*)(:(?P<dtype>[a-z]+\d*)(:(?P<high>\d+))?)?$")
+_DTYPES = (*FLOATS, "int64", "int32", "uint8", "bool")
+
+
+def parse_input(text: str) -> ExampleInput:
+    """`x=1x3x224x224`, `ids=1x128:int64` or `ids=1x128:int64:30522` (values below 30522)."""
+    match = _INPUT.match(text)
+    if match is None:
+        raise UsageError(
+            "an input is not understood",
+            got=text,
+            expected="NAME=DIMxDIM...[:DTYPE[:BELOW]], for example x=1x3x224x224 or ids=1x128:int64:30522",
+        )
+    dtype = match["dtype"] or "float32"
+    if dtype not in _DTYPES:
+        raise UsageError("an input has an unknown dtype", got=text, expected="one of " + ", ".join(_DTYPES))
+    shape = tuple(int(d) for d in match["shape"].split("x"))
+    if 0 in shape:
+        raise UsageError("an input has an empty dimension", got=text, expected="every dimension at least 1")
+    return ExampleInput(match["name"], shape, dtype, high=int(match["high"] or 2))
+
+
+def override(inputs: Sequence[ExampleInput], given: Sequence[ExampleInput]) -> tuple[ExampleInput, ...]:
+    """The source's inputs with the user's shapes and dtypes; a range the user did not give is kept."""
+    known = {i.name: i for i in inputs}
+    result = dict(known)
+    for new in given:
+        old = known.get(new.name)
+        if old is not None and old.dtype == new.dtype:
+            result[new.name] = replace(old, shape=new.shape, high=new.high if new.high != 2 else old.high)
+        else:
+            result[new.name] = new
+    return tuple(result.values())
+
+
+def make_feeds(
+    inputs: Sequence[ExampleInput], *, batch: int | None, seed: int, magnitude: float = 1.0
+) -> dict[str, Array]:
+    """Feeds by name, deterministic in `seed`. `batch` replaces the first dimension; None keeps it.
+
+    `magnitude` is the standard deviation of float inputs.
+    """
+    rng = np.random.default_rng(seed)
+    feeds: dict[str, Array] = {}
+    for item in inputs:
+        shape = item.shape if batch is None or not item.shape else (batch, *item.shape[1:])
+        feeds[item.name] = _draw(item, shape, rng, magnitude)
+    return feeds
+
+
+def _draw(item: ExampleInput, shape: tuple[int, ...], rng: np.random.Generator, magnitude: float) -> Array:
+    if item.mask:
+        lengths = rng.integers(max(1, shape[-1] // 2), shape[-1] + 1, size=shape[:-1])
+        return (np.arange(shape[-1]) < lengths[..., None]).astype(item.dtype)
+    if item.dtype in FLOATS:
+        return (rng.standard_normal(shape) * magnitude).astype(item.dtype)
+    if item.dtype == "bool":
+        return rng.random(shape) < 0.5
+    return rng.integers(item.low, max(item.high, item.low + 1), size=shape).astype(item.dtype)
+
+
+def describe_inputs(inputs: Sequence[ExampleInput]) -> str:
+    return " ".join(f"--input {i.describe()}" for i in inputs)
+
+
+def feeds_batch(feeds: Mapping[str, Array]) -> int:
+    """The batch size of feeds: the first dimension of the first input."""
+    first = next(iter(feeds.values()))
+    return int(first.shape[0]) if first.ndim else 1

@@ -1,0 +1,162 @@
+"""receipt.json: what was found, what was built, what really runs, and the proof. Other programs rely on it."""
+
+from __future__ import annotations
+
+import msgspec
+
+SCHEMA_VERSION = 1
+
+
+class SiteEntry(msgspec.Struct, frozen=True):
+    """One attention of the source. `flops` and `bytes` are per sample: 2 x multiply-adds, operands and result."""
+
+    kind: str
+    module: str
+    source_line: str
+    operator: str | None
+    status: str
+    """recognized | skipped | unproven"""
+    reason: str | None
+    flops: int
+    bytes: int
+
+
+class SiteRun(msgspec.Struct, frozen=True):
+    """What runs one site in one opened session: read back, not assumed."""
+
+    module: str
+    implementation: str
+    provider: str
+    nodes: tuple[str, ...]
+
+
+class Fidelity(msgspec.Struct, frozen=True):
+    """Distance of one set of outputs to its reference. `max_rel` is max_abs over the reference's largest magnitude."""
+
+    max_abs: float
+    max_rel: float
+    cosine: float
+    sqnr_db: float
+
+
+class SiteParity(msgspec.Struct, frozen=True):
+    module: str
+    max_abs: float
+    max_rel: float
+    cosine: float
+    sqnr_db: float
+    passed: bool
+
+
+class CaseParity(msgspec.Struct, frozen=True):
+    """Parity on one kind of input. `judged` says whether the verdict depends on it."""
+
+    name: str
+    inputs: int
+    output: str
+    max_abs: float
+    max_rel: float
+    cosine: float
+    sqnr_db: float
+    judged: bool
+    passed: bool
+
+
+class Parity(msgspec.Struct, frozen=True):
+    """`max_abs`, `max_rel`, `cosine`, `sqnr_db`: the worst of the judged cases. `top1_agreement`: on the judgement data."""
+
+    inputs: int
+    max_abs: float
+    max_rel: float
+    cosine: float
+    sqnr_db: float
+    top1_agreement: float | None
+    cases: tuple[CaseParity, ...]
+    sites: tuple[SiteParity, ...]
+
+
+class Accuracy(msgspec.Struct, frozen=True):
+    """`value` and `reference` in percent; `reference` is PyTorch's on the same samples."""
+
+    metric: str
+    value: float
+    reference: float
+    samples: int
+
+
+class Latency(msgspec.Struct, frozen=True):
+    batch: int
+    threads: int
+    runs: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    mean_ms: float
+    ci95_ms: tuple[float, float]
+    """Bootstrap interval of the median."""
+
+
+class Memory(msgspec.Struct, frozen=True):
+    peak_rss_mb: float
+
+
+class CandidateEntry(msgspec.Struct, frozen=True):
+    id: str
+    target: str
+    precision: str
+    status: str
+    """passed | failed | not_run"""
+    reason: str | None
+    sites: tuple[SiteRun, ...] = ()
+    dtype_share: dict[str, float] = {}
+    """Share of all multiply-adds by compute type in the opened session."""
+    weighted_dtype_share: dict[str, float] = {}
+    """The same over linear layers and convolutions only: what `int8` is judged by."""
+    exempt: tuple[str, ...] = ()
+    """Linear layers and convolutions left in floating point on purpose."""
+    storage: dict[str, float] = {}
+    """Megabytes of weights by stored type."""
+    storage_mb: float = 0.0
+    parity: Parity | None = None
+    accuracy: Accuracy | None = None
+    latency: Latency | None = None
+    memory: Memory | None = None
+
+
+class DataEntry(msgspec.Struct, frozen=True):
+    """Which samples calibrated and which judged; `unreadable` are the files that were passed over."""
+
+    path: str | None = None
+    seed: int = 0
+    split: str = "none"
+    calibration: int = 0
+    judgement: int = 0
+    labelled: bool = False
+    unreadable: tuple[str, ...] = ()
+
+
+class Peer(msgspec.Struct, frozen=True):
+    """A peer measured in the same interleaved run. `ratio` = the peer's time over the chosen candidate's."""
+
+    name: str
+    latency: Latency
+    ratio: float
+    ratio_ci95: tuple[float, float]
+    verdict: str
+    """faster | slower | no difference: of the chosen candidate, against this peer."""
+
+
+class Receipt(msgspec.Struct, frozen=True):
+    schema_version: int
+    source: str
+    weights: str
+    created: str
+    command: str
+    host: dict[str, str | int | float | None]
+    versions: dict[str, str]
+    data: DataEntry
+    sites: tuple[SiteEntry, ...]
+    candidates: tuple[CandidateEntry, ...]
+    peers: tuple[Peer, ...]
+    chosen: dict[str, str]
+    warnings: tuple[str, ...] = ()

@@ -1,0 +1,134 @@
+"""What every runtime's session looks like, and the check of what is fed to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+
+from attn_deploy.errors import FeedError
+from attn_deploy.target import nearest
+
+Array = np.ndarray[Any, Any]
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """Name, dtype (NumPy's name) and shape of one input or output; a named dimension is dynamic."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def describe(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(str(d) for d in self.shape)}]"
+
+
+class DimBounds(msgspec.Struct, frozen=True):
+    """Inclusive bounds of a dynamic dimension; `max` None means unbounded."""
+
+    min: int = 1
+    max: int | None = None
+
+
+class Session(Protocol):
+    """An opened model. `run` is safe to call from many threads at once."""
+
+    @property
+    def inputs(self) -> Sequence[TensorSpec]: ...
+
+    @property
+    def outputs(self) -> Sequence[TensorSpec]: ...
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Array]: ...
+
+    def close(self) -> None: ...
+
+
+def as_array(name: str, value: Any) -> Array:
+    """`value` as a NumPy array, without a copy for NumPy arrays and CPU tensors that speak DLPack.
+
+    Raises FeedError for a tensor on another device or one that requires grad (say how to give it).
+    """
+    if type(value) is np.ndarray:
+        return value
+    if hasattr(value, "__dlpack__"):
+        try:
+            return np.from_dlpack(value)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise FeedError(
+                f"input {name!r} cannot be read through DLPack",
+                got=f"{type(value).__name__}: {error}",
+                expected="a tensor in CPU memory without grad",
+                next_step="pass tensor.detach().cpu()",
+            ) from error
+    return np.asarray(value)
+
+
+class FeedChecker:
+    """Checks feeds against the specs of a graph; what can be known beforehand is computed once.
+
+    A call costs a few microseconds: bench/session_overhead.py measures it.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec], dims: Mapping[str, DimBounds]) -> None:
+        self._specs = tuple(specs)
+        self._names = frozenset(s.name for s in specs)
+        self._dtypes = {s.name: np.dtype(s.dtype) for s in specs}
+        self._dims = dict(dims)
+
+    def check(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
+        """Feeds as arrays. Raises FeedError: name, dtype, rank, size of a dimension, bound of a dynamic one."""
+        if feeds.keys() != self._names:
+            self._raise_names(feeds)
+        arrays: dict[str, Array] = {}
+        sizes: dict[str, int] = {}
+        for spec in self._specs:
+            array = as_array(spec.name, feeds[spec.name])
+            if array.dtype != self._dtypes[spec.name]:
+                raise FeedError(
+                    f"input {spec.name!r} has the wrong dtype",
+                    got=array.dtype,
+                    expected=spec.dtype,
+                    next_step=f"convert it with .astype({spec.dtype!r})",
+                )
+            if array.ndim != len(spec.shape):
+                self._raise_shape(spec, array)
+            for expected, size in zip(spec.shape, array.shape, strict=True):
+                if type(expected) is int:
+                    if size != expected:
+                        self._raise_shape(spec, array)
+                elif sizes.setdefault(str(expected), size) != size:
+                    raise FeedError(
+                        f"dimension {expected!r} differs between inputs",
+                        got=f"{size} in {spec.name!r}",
+                        expected=f"{sizes[str(expected)]}, as in the inputs before it",
+                    )
+            arrays[spec.name] = array
+        for dim, size in sizes.items():
+            bounds = self._dims.get(dim)
+            if bounds is not None and (size < bounds.min or (bounds.max is not None and size > bounds.max)):
+                raise FeedError(
+                    f"dimension {dim!r} is out of the bundle's bounds",
+                    got=size,
+                    expected=f"{bounds.min} to {'any' if bounds.max is None else bounds.max}",
+                    next_step=f"split the {dim}, or export again with --dynamic {dim}={bounds.min}:{size}",
+                )
+        return arrays
+
+    def _raise_names(self, feeds: Mapping[str, Any]) -> None:
+        missing = sorted(self._names - feeds.keys())
+        unknown = sorted(str(k) for k in feeds.keys() - self._names)
+        hint = nearest(unknown[0], self._names) if unknown else None
+        raise FeedError(
+            "the feed's names are not the model's inputs",
+            got=", ".join(sorted(str(k) for k in feeds)) or "an empty feed",
+            expected="; ".join(s.describe() for s in self._specs),
+            next_step=hint or f"add {', '.join(missing)}",
+        )
+
+    def _raise_shape(self, spec: TensorSpec, array: Array) -> None:
+        raise FeedError(
+            f"input {spec.name!r} has the wrong shape", got=list(array.shape), expected=spec.describe()
+        )

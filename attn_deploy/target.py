@@ -1,0 +1,55 @@
+"""Targets and precisions: what a candidate is built for."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from enum import StrEnum
+
+from attn_deploy.errors import UsageError
+
+
+class Target(StrEnum):
+    """Where a variant runs."""
+
+    ONNXRUNTIME_CPU = "onnxruntime-cpu"
+
+
+class Precision(StrEnum):
+    """What the multiply-adds of linear layers and convolutions are computed in.
+
+    `FP16` on an x86 CPU is a storage format: the weights are stored in half precision and computed in FP32,
+    since no x86 kernel of ONNX Runtime multiplies in FP16 (receipt: `storage`, with `dtype_share` float32).
+    """
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`did you mean ...` for a misspelt name, or the known names when none is near."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(close) + "?"
+    shown = ", ".join(names[:12])
+    return f"one of: {shown}" + (", ..." if len(names) > 12 else "")
+
+
+def parse_target(text: str) -> Target:
+    """`onnxruntime-cpu` -> Target. Raises UsageError with the nearest name."""
+    try:
+        return Target(text.replace("_", "-"))
+    except ValueError:
+        known = [str(t) for t in Target]
+        raise UsageError("unknown target", got=text, expected=nearest(text, known)) from None
+
+
+def parse_precision(text: str) -> Precision:
+    """`int8` -> Precision. Raises UsageError with the nearest name."""
+    try:
+        return Precision(text)
+    except ValueError:
+        known = [str(p) for p in Precision]
+        raise UsageError("unknown precision", got=text, expected=nearest(text, known)) from None

@@ -1,0 +1,87 @@
+"""Lowering for ONNX Runtime on the CPU: FP32, FP16 storage and INT8, with function bodies inlined or native kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from attn_deploy.export.functions import inline_functions
+from attn_deploy.export.precision.calibration import OpenModel, collect_ranges
+from attn_deploy.export.precision.fp16 import store_fp16
+from attn_deploy.export.precision.insert import drop_unused_initializers
+from attn_deploy.export.precision.int8_conv import quantize_convs, values_to_calibrate
+from attn_deploy.export.precision.int8_linear import quantize_linear
+from attn_deploy.export.precision.plan import PrecisionPlan, Scheme, plan_int8, weighted_nodes
+from attn_deploy.export.to_onnx import CanonicalModel
+from attn_deploy.session import Array
+from attn_deploy.target import Precision
+
+Batches = Callable[[], Iterable[Mapping[str, Array]]]
+"""Calibration feeds; called once for each pass over them."""
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A model for one target and precision. `library` says that it holds operators of the native library."""
+
+    model: ir.Model
+    plan: PrecisionPlan
+    library: bool
+    notes: tuple[str, ...] = ()
+
+
+def lower(
+    canonical: CanonicalModel,
+    precision: Precision,
+    *,
+    native: frozenset[str] = frozenset(),
+    calibration: Batches | None = None,
+    open_model: OpenModel | None = None,
+) -> Lowered:
+    """`native`: forms that stay operators, to be run by the native library; all others are inlined.
+
+    INT8 of a model with convolutions needs `calibration` and `open_model`.
+    """
+    model = canonical.model.clone()
+    plan = PrecisionPlan(())
+    notes: tuple[str, ...] = ()
+    if precision is Precision.INT8:
+        plan = plan_int8(model)
+        _quantize(canonical, model, plan, calibration, open_model)
+    inline_functions(model, keep=native)
+    if precision is Precision.FP16:
+        notes = tuple(f"{name} stays FP32: beyond FP16's range" for name in store_fp16(model))
+    drop_unused_initializers(model)
+    return Lowered(model, plan, bool(model.functions), notes)
+
+
+def _quantize(
+    canonical: CanonicalModel,
+    model: ir.Model,
+    plan: PrecisionPlan,
+    calibration: Batches | None,
+    open_model: OpenModel | None,
+) -> None:
+    by_scheme: dict[Scheme, list[ir.Node]] = {scheme: [] for scheme in Scheme}
+    for node in weighted_nodes(model):
+        by_scheme[plan.scheme(str(node.name))].append(node)
+    convs = by_scheme[Scheme.STATIC_PER_TENSOR]
+    if convs:
+        assert calibration is not None
+        assert open_model is not None
+        reference = canonical.model.clone()
+        inline_functions(reference)
+        ranges = collect_ranges(reference, values_to_calibrate(convs), calibration(), open_model)
+        quantize_convs(model, convs, ranges)
+    for node in by_scheme[Scheme.DYNAMIC_PER_TOKEN]:
+        quantize_linear(model, node)
+
+
+def needs_calibration(canonical: CanonicalModel, precision: Precision) -> bool:
+    """True when lowering at this precision reads calibration data."""
+    if precision is not Precision.INT8:
+        return False
+    plan = plan_int8(canonical.model)
+    return any(layer.scheme is Scheme.STATIC_PER_TENSOR for layer in plan.layers)

@@ -1,0 +1,7 @@
+"""Precision: which layers are computed in what, and the graphs that do it."""
+
+from __future__ import annotations
+
+from attn_deploy.export.precision.plan import PrecisionPlan, Scheme, plan_int8
+
+__all__ = ["PrecisionPlan", "Scheme", "plan_int8"]

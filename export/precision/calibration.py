@@ -1,0 +1,73 @@
+"""Streaming calibration: the range of chosen activations over samples, in memory that does not grow with them.
+
+Minimum and maximum of each activation are computed inside the graph, so that a batch returns two numbers per sample
+and activation instead of the activations (stock calibrators keep them all: onnxruntime#10503, #21979).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from attn_deploy.errors import AttnDeployError
+from attn_deploy.session import Array
+
+Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+OpenModel = Callable[[ir.Model], Run]
+"""Opens an ONNX model for running; the pipeline hands it in, since this package opens no runtime."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Range of an activation: the means of the samples' minima and maxima, so that one outlier does not set it."""
+
+    low: float
+    high: float
+
+
+def collect_ranges(
+    model: ir.Model, names: Sequence[str], batches: Iterable[Mapping[str, Array]], open_model: OpenModel
+) -> dict[str, Range]:
+    """Ranges by value name over all samples of `batches`. Raises AttnDeployError on NaN, or without any sample."""
+    run = open_model(_with_extrema(model, names))
+    low = {name: 0.0 for name in names}
+    high = {name: 0.0 for name in names}
+    samples = 0
+    for feeds in batches:
+        outputs = run(feeds)
+        samples += len(next(iter(outputs.values())))
+        for name in names:
+            minimum, maximum = outputs[f"{name}/minimum"], outputs[f"{name}/maximum"]
+            if not (np.isfinite(minimum).all() and np.isfinite(maximum).all()):
+                raise AttnDeployError("an activation is not finite on the calibration data", where=name)
+            low[name] += float(minimum.sum())
+            high[name] += float(maximum.sum())
+    if not samples:
+        raise AttnDeployError("calibration saw no sample", got=0, expected="at least 1")
+    return {name: Range(low[name] / samples, high[name] / samples) for name in names}
+
+
+def _with_extrema(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """A copy whose outputs are the extrema per sample of the named values, each [batch]."""
+    copy = model.clone()
+    values = {o.name: o for node in copy.graph for o in node.outputs} | {i.name: i for i in copy.graph.inputs}
+    copy.graph.outputs.clear()
+    for name in names:
+        value = values[name]
+        rank = len(value.shape) if value.shape is not None else 4
+        axes = ir.Value(
+            name=f"{name}/axes", const_value=ir.tensor(np.arange(1, rank, dtype=np.int64), name=f"{name}/axes")
+        )
+        copy.graph.register_initializer(axes)
+        for kind in ("minimum", "maximum"):
+            output = ir.Value(
+                name=f"{name}/{kind}", shape=ir.Shape([None]), type=ir.TensorType(ir.DataType.FLOAT)
+            )
+            operator = "ReduceMin" if kind == "minimum" else "ReduceMax"
+            keep = ir.Attr("keepdims", ir.AttributeType.INT, 0)
+            copy.graph.append(ir.Node("", operator, [value, axes], [keep], outputs=[output], name=f"{name}/{kind}"))
+            copy.graph.outputs.append(output)
+    return copy

@@ -1,0 +1,59 @@
+"""Inserting named nodes and constants into an ONNX graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from attn_deploy.session import Array
+
+
+class Inserter:
+    """Makes nodes in front of `anchor`; every name starts with the anchor's, so that profiles show where they belong."""
+
+    def __init__(self, model: ir.Model, anchor: ir.Node) -> None:
+        self._model = model
+        self._anchor = anchor
+        self._count = 0
+
+    def op(
+        self, operator: str, inputs: Sequence[ir.Value | None], *, domain: str = "", dtype: ir.DataType | None = None,
+        **attributes: Any,
+    ) -> ir.Value:  # fmt: skip
+        """One node with one output."""
+        self._count += 1
+        name = f"{self._anchor.name}/{operator}_{self._count}"
+        output = ir.Value(name=f"{name}_output", type=None if dtype is None else ir.TensorType(dtype))
+        node = ir.node(operator, list(inputs), attributes, domain=domain, outputs=[output], name=name)
+        self._model.graph.insert_before(self._anchor, node)
+        if domain:
+            self._model.opset_imports.setdefault(domain, 1)
+        return output
+
+    def constant(self, label: str, array: Array | np.generic) -> ir.Value:
+        """An initializer named after the anchor."""
+        name = f"{self._anchor.name}/{label}"
+        if name in self._model.graph.initializers:
+            return self._model.graph.initializers[name]
+        value = ir.Value(name=name, const_value=ir.tensor(np.asarray(array), name=name))
+        self._model.graph.register_initializer(value)
+        return value
+
+
+def replace_node(model: ir.Model, node: ir.Node, value: ir.Value) -> None:
+    """`value` takes over the node's output, its name and its place among the model's outputs; the node goes."""
+    old = node.outputs[0]
+    name, shape, dtype = old.name, old.shape, old.type
+    old.replace_all_uses_with(value, replace_graph_outputs=True)
+    model.graph.remove(node, safe=True)
+    value.name, value.shape, value.type = name, shape, dtype
+
+
+def drop_unused_initializers(model: ir.Model) -> None:
+    """Weights that were replaced would stay in the file."""
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]

@@ -1,0 +1,137 @@
+"""INT8 for convolutions: QuantizeLinear / DequantizeLinear pairs that ONNX Runtime turns into QLinearConv.
+
+Weights symmetric per output channel, activations unsigned with calibrated ranges (U8S8: right on x86 with VNNI).
+Whatever a quantized convolution writes is quantized at once, behind its ReLU where it has one; a value that something
+else computes is quantized only for the convolutions that read it, so that residuals and gates stay in floating point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from attn_deploy.export.precision.calibration import Range
+from attn_deploy.export.precision.insert import Inserter
+from attn_deploy.export.precision.int8_linear import quantize_weight
+
+
+def written_value(conv: ir.Node) -> ir.Value:
+    """What a quantized convolution writes: its output, or its ReLU's when that is the only reader."""
+    output = conv.outputs[0]
+    users = [u for u, _ in output.uses()]
+    if len(users) == 1 and users[0].op_type == "Relu" and not output.is_graph_output():
+        return users[0].outputs[0]
+    return output
+
+
+def values_to_calibrate(convs: Sequence[ir.Node]) -> list[str]:
+    """Names of all values that get a range, each once."""
+    names: dict[str, None] = {}
+    for conv in convs:
+        for value in (conv.inputs[0], written_value(conv)):
+            assert value is not None
+            assert value.name is not None
+            names[value.name] = None
+    return list(names)
+
+
+def quantize_convs(model: ir.Model, convs: Sequence[ir.Node], ranges: Mapping[str, Range]) -> None:
+    """Puts the pairs around the convolutions, in place."""
+    dequantized: dict[str, ir.Value] = {}
+    for conv in convs:
+        value = written_value(conv)
+        name = str(value.name)
+        if name not in dequantized and not value.is_graph_output():
+            dequantized[name] = _quantize_written(model, value, ranges[name])
+    for conv in convs:
+        source = conv.inputs[0]
+        assert source is not None
+        key = _origin(source)
+        if key not in dequantized:
+            dequantized[key] = _pair(model, conv, source, ranges[key])
+        conv.replace_input_with(0, dequantized[key])
+        _quantize_parameters(model, conv, ranges[key])
+
+
+def _origin(value: ir.Value) -> str:
+    """The name under which a value was calibrated: behind a pair it is the value before the pair."""
+    producer = value.producer()
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        quantize = producer.inputs[0].producer()  # type: ignore[union-attr]
+        if quantize is not None:
+            return str(quantize.inputs[0].name)  # type: ignore[union-attr]
+    return str(value.name)
+
+
+def scale_and_zero_point(span: Range) -> tuple[np.float32, np.uint8]:
+    """The affine mapping of [low, high] (widened to hold 0) onto 0..255."""
+    low, high = min(span.low, 0.0), max(span.high, 0.0)
+    scale = max((high - low) / 255.0, 1e-12)
+    return np.float32(scale), np.uint8(np.clip(round(-low / scale), 0, 255))
+
+
+def _pair(model: ir.Model, anchor: ir.Node, value: ir.Value, span: Range) -> ir.Value:
+    """Quantizes and dequantizes a value in front of `anchor`."""
+    scale, zero_point = scale_and_zero_point(span)
+    insert = Inserter(model, anchor)
+    scale_value = insert.constant("input_scale", np.array(scale))
+    zero_value = insert.constant("input_zero_point", np.array(zero_point))
+    quantized = insert.op("QuantizeLinear", [value, scale_value, zero_value], dtype=ir.DataType.UINT8)
+    return insert.op("DequantizeLinear", [quantized, scale_value, zero_value], dtype=ir.DataType.FLOAT)
+
+
+def _quantize_written(model: ir.Model, value: ir.Value, span: Range) -> ir.Value:
+    """A pair behind `value`; everything that read the value reads the pair."""
+    producer = value.producer()
+    assert producer is not None
+    following = producer.next if hasattr(producer, "next") else None
+    nodes = list(model.graph) if following is None else []
+    anchor = following if following is not None else nodes[nodes.index(producer) + 1]
+    scale, zero_point = scale_and_zero_point(span)
+    names = [f"{producer.name}/output_scale", f"{producer.name}/output_zero_point"]
+    constants = []
+    for name, array in zip(names, (np.array(scale), np.array(zero_point)), strict=True):
+        constant = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+        model.graph.register_initializer(constant)
+        constants.append(constant)
+    quantized = ir.Value(name=f"{producer.name}/quantized", type=ir.TensorType(ir.DataType.UINT8))
+    result = ir.Value(name=f"{producer.name}/dequantized", type=value.type, shape=value.shape)
+    value.replace_all_uses_with(result)
+    pair = [
+        ir.Node("", "QuantizeLinear", [value, *constants], outputs=[quantized], name=f"{producer.name}/QuantizeLinear"),
+        ir.Node("", "DequantizeLinear", [quantized, *constants], outputs=[result],
+                name=f"{producer.name}/DequantizeLinear"),
+    ]  # fmt: skip
+    model.graph.insert_before(anchor, pair)
+    return result
+
+
+def _quantize_parameters(model: ir.Model, conv: ir.Node, input_span: Range) -> None:
+    """The weight as int8 per output channel, the bias as int32 in units of input scale times weight scale."""
+    weight_value = conv.inputs[1]
+    assert weight_value is not None
+    assert weight_value.const_value is not None
+    weight, weight_scale = quantize_weight(weight_value.const_value.numpy(), axis=0)
+    insert = Inserter(model, conv)
+    scale_value = insert.constant("weight_scale", weight_scale)
+    zeros = insert.constant("weight_zero_point", np.zeros(len(weight_scale), np.int8))
+    conv.replace_input_with(
+        1, insert.op("DequantizeLinear", [insert.constant("weight_int8", weight), scale_value, zeros], axis=0)
+    )
+    if len(conv.inputs) < 3 or conv.inputs[2] is None:
+        return
+    bias = conv.inputs[2]
+    if bias.const_value is None:
+        return
+    input_scale, _ = scale_and_zero_point(input_span)
+    bias_scale = (weight_scale * input_scale).astype(np.float32)
+    limit = 2**31 - 1
+    bias_int = np.clip(np.rint(bias.const_value.numpy() / bias_scale.astype(np.float64)), -limit, limit)
+    inputs = [
+        insert.constant("bias_int32", bias_int.astype(np.int32)),
+        insert.constant("bias_scale", bias_scale),
+        insert.constant("bias_zero_point", np.zeros(len(bias_scale), np.int32)),
+    ]
+    conv.replace_input_with(2, insert.op("DequantizeLinear", inputs, axis=0))

@@ -1,0 +1,209 @@
+"""RewrittenModel -> CanonicalModel: ONNX with our operators, a function body attached to each, names from modules."""
+
+from __future__ import annotations
+
+import ast
+import collections
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript import rewriter
+from onnxscript import values as onnxscript_values
+from onnxscript.rewriter.rules import common
+from torch.export import Dim
+
+from attn_deploy.errors import AttnDeployError
+from attn_deploy.export.forms import OPERATORS, form_and_operands
+from attn_deploy.export.functions import attach_functions, inline_functions, register_schemas
+from attn_deploy.export.recognize.site import Kind
+from attn_deploy.export.rewrite import RewrittenModel
+from attn_deploy.ops import DOMAIN, FORMS, VERSION
+from attn_deploy.session import DimBounds, TensorSpec
+
+MIN_OPSET = 20
+"""Gelu is an operator from here on: below it, ONNX Runtime fuses none."""
+
+EXTERNAL_DATA_BYTES = 1_900_000_000
+"""Beyond this, weights go to a file of their own: a protobuf ends at 2 GiB."""
+
+
+@dataclass(frozen=True)
+class CanonicalSite:
+    """A recognized site in ONNX: `node` is its operator's name, the root of every name that it is lowered to."""
+
+    kind: Kind
+    module: str
+    source_line: str
+    operator: str
+    node: str
+    fx_node: str
+    proven: bool
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CanonicalModel:
+    """`model` holds the operators with their bodies attached; treat it as frozen and lower from `model.clone()`."""
+
+    model: ir.Model
+    sites: tuple[CanonicalSite, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dims: dict[str, DimBounds]
+
+
+def to_onnx(rewritten: RewrittenModel, *, opset: int = MIN_OPSET) -> CanonicalModel:
+    """Translates the rewritten graph. Raises AttnDeployError when an ATen operator has no ONNX counterpart."""
+    register_schemas()
+    captured = rewritten.captured
+    shapes = None
+    if captured.dims:
+        bounds = captured.dims["batch"]
+        dim = Dim("batch", min=bounds.min) if bounds.max is None else Dim("batch", min=bounds.min, max=bounds.max)
+        shapes = tuple({0: dim} for _ in captured.inputs)
+    model = _export(rewritten, opset, shapes)
+    operators = _site_nodes(model, rewritten)
+    _fold_batch_norms(model)
+    _name_nodes(model)
+    attach_functions(model)
+    sites = tuple(
+        CanonicalSite(
+            site.kind, site.module, site.source_line, site.operator, str(node.name), site.node, site.proven,
+            site.flops, site.bytes,
+        )
+        for site, node in zip(rewritten.sites, operators, strict=True)
+    )  # fmt: skip
+    canonical = CanonicalModel(model, sites, _specs(model.graph.inputs), _specs(model.graph.outputs), captured.dims)
+    _check(model)
+    return canonical
+
+
+def portable(canonical: CanonicalModel) -> ir.Model:
+    """The same model with the functions inlined: standard ONNX for every other engine and tool."""
+    model = canonical.model.clone()
+    inline_functions(model)
+    _check(model)
+    return model
+
+
+def save_model(model: ir.Model, path: Path, *, external_data_bytes: int = EXTERNAL_DATA_BYTES) -> tuple[Path, ...]:
+    """Writes the model and returns the files made: one, or two when the weights are beyond `external_data_bytes`."""
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    if size <= external_data_bytes:
+        ir.save(model, path)
+        return (path,)
+    data = path.with_name(path.name + ".data")
+    ir.save(model.clone(), path, external_data=data.name)
+    return (path, data)
+
+
+def _export(rewritten: RewrittenModel, opset: int, shapes: Any) -> ir.Model:
+    captured = rewritten.captured
+    ops = torch.ops.attn_deploy
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
+        getattr(ops, name).default: _translation(name) for name in OPERATORS
+    }
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            exported = torch.onnx.export(
+                rewritten.program, dynamo=True, opset_version=opset, custom_translation_table=table,
+                dynamic_shapes=shapes, input_names=[i.name for i in captured.inputs],
+                output_names=list(captured.outputs), optimize=True, verbose=False,
+            )  # fmt: skip
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise AttnDeployError(
+            "the captured model cannot be written as ONNX",
+            got=f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}",
+            expected="ATen operators that torch.onnx translates",
+            next_step="replace the operator named above in the model, or try a newer torch",
+        ) from error
+    finally:
+        quiet.setLevel(level)
+    assert exported is not None
+    return exported.model
+
+
+def _site_nodes(model: ir.Model, rewritten: RewrittenModel) -> list[ir.Node]:
+    """The ONNX node of each site: the exporter keeps the order of the graph, but not the names of its nodes."""
+    nodes = [n for n in model.graph if n.domain == DOMAIN and FORMS[n.op_type].operator != "ChannelPool"]
+    if [n.op_type for n in nodes] != [site.operator for site in rewritten.sites]:
+        raise AttnDeployError(
+            "the exporter changed the recognized sites",
+            got=[n.op_type for n in nodes],
+            expected=[site.operator for site in rewritten.sites],
+        )
+    return nodes
+
+
+def _translation(operator: str) -> Callable[..., Any]:
+    domain = onnxscript_values.Opset(DOMAIN, VERSION)
+
+    def translate(*args: Any) -> Any:
+        form, operands, attributes = form_and_operands(operator, args)
+        return getattr(domain, form.name)(*operands, **attributes)
+
+    return translate
+
+
+def _fold_batch_norms(model: ir.Model) -> None:
+    """BatchNormalization behind a convolution goes into its weights: quantization must see the weights that run."""
+    rules = [
+        common.fuse_batchnorm_into_conv_rule,
+        common.fuse_batchnorm_into_conv_transpose_rule,
+        common.fuse_batchnorm_into_gemm_rule,
+    ]
+    rewriter.rewrite(model, pattern_rewrite_rules=rewriter.RewriteRuleSet(rules))
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """`module.path/Operator`, numbered where a module has several: profiles and errors then say where they are."""
+    counts: collections.Counter[str] = collections.Counter()
+    for node in model.graph:
+        name = f"{_scope(node)}/{node.op_type}".lstrip("/")
+        counts[name] += 1
+        node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
+
+
+def _scope(node: ir.Node) -> str:
+    """The module path that torch.onnx noted; the last entry is the ATen node itself.
+
+    A node that a rewrite made has lost the note: its weight's name still tells.
+    """
+    text = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    if not text:
+        names = [i.name for i in node.inputs if i is not None and i.is_initializer() and i.name]
+        return next((n.removesuffix(".weight") for n in names if n.endswith(".weight")), "")
+    scopes = [s for s in ast.literal_eval(text)[:-1] if s and not s.startswith("_empty_nn_module")]
+    return scopes[-1] if scopes else ""
+
+
+def _specs(values: Any) -> tuple[TensorSpec, ...]:
+    specs = []
+    for value in values:
+        assert value.name is not None
+        assert value.dtype is not None
+        dims = tuple(d if isinstance(d, int) else str(d.value) for d in (value.shape or ()))
+        specs.append(TensorSpec(value.name, str(value.dtype.numpy()), dims))
+    return tuple(specs)
+
+
+def _check(model: ir.Model) -> None:
+    """The ONNX checker, on the graph alone where weights would pass a protobuf's size."""
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    if size < EXTERNAL_DATA_BYTES:
+        onnx.checker.check_model(ir.to_proto(model), full_check=False)

@@ -1,0 +1,96 @@
+"""Runtimes: what opens a variant. Each is a module that is imported only when it is used."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from attn_deploy.session import Array, Session, TensorSpec
+from attn_deploy.target import Target
+
+RUNTIMES: dict[Target, str] = {Target.ONNXRUNTIME_CPU: "attn_deploy.runtimes.onnxruntime"}
+"""Target -> module. A module offers `availability`, `open_session` and `read_back`, as Runtime says."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """dtype (NumPy's name) and shape of one operand, as the runtime saw it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RunNode:
+    """One node that ran: what the runtime made of the model, after its own optimizer."""
+
+    name: str
+    op_type: str
+    provider: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    time_us: float
+
+
+class Runtime(Protocol):
+    """What a runtime's module offers."""
+
+    def availability(self) -> str | None:
+        """None when it can run here, else the reason and what to do."""
+
+    def open_session(
+        self,
+        model: bytes | Path,
+        *,
+        inputs: Sequence[TensorSpec] | None,
+        outputs: Sequence[TensorSpec] | None,
+        threads: int | None,
+        library: bool,
+    ) -> Session: ...
+
+    def read_back(self, model: Path, feeds: Mapping[str, Array], *, library: bool) -> list[RunNode]: ...
+
+
+def runtime(target: Target) -> ModuleType:
+    """The module that runs a target."""
+    return importlib.import_module(RUNTIMES[target])
+
+
+def availability(target: Target) -> str | None:
+    reason: str | None = runtime(target).availability()
+    return reason
+
+
+def open_session(
+    target: Target,
+    model: bytes | Path,
+    *,
+    inputs: Sequence[TensorSpec] | None = None,
+    outputs: Sequence[TensorSpec] | None = None,
+    threads: int | None = None,
+    library: bool = False,
+) -> Session:
+    """Opens a model, given as bytes or as a path (a path when its weights are in a file of their own).
+
+    `threads` None leaves the number to the runtime; `library` registers our native operators.
+    """
+    session: Session = runtime(target).open_session(
+        model, inputs=inputs, outputs=outputs, threads=threads, library=library
+    )
+    return session
+
+
+def read_back(target: Target, model: Path, feeds: Mapping[str, Array], *, library: bool = False) -> list[RunNode]:
+    """What really runs: every node of the opened session, from one profiled call."""
+    nodes: list[RunNode] = runtime(target).read_back(model, feeds, library=library)
+    return nodes
+
+
+def session_options(target: Target) -> dict[str, Any]:
+    """The options that every session of the target is opened with, for the receipt."""
+    options: dict[str, Any] = dict(runtime(target).OPTIONS)
+    return options

@@ -1,0 +1,152 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attn_deploy.errors import AttnDeployError, UnavailableError
+from attn_deploy.runtimes import RunNode, TensorInfo, native
+from attn_deploy.session import Array, TensorSpec
+
+INSTALL = "pip install onnxruntime"
+OPTIONS: dict[str, Any] = {"graph_optimization_level": "ORT_ENABLE_ALL", "execution_mode": "sequential"}
+
+_DTYPES = {
+    "tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16", "tensor(int64)": "int64",
+    "tensor(int32)": "int32", "tensor(uint8)": "uint8", "tensor(int8)": "int8", "tensor(bool)": "bool",
+}  # fmt: skip
+_PROFILE_DTYPES = {"float": "float32", "double": "float64"}
+
+
+def availability() -> str | None:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return f"onnxruntime is not installed ({error}): {INSTALL}"
+    if not hasattr(onnxruntime, "InferenceSession"):
+        return f"the onnxruntime package is damaged (two flavours over each other?): {INSTALL} --force-reinstall"
+    return None
+
+
+class OnnxRuntimeSession:
+    """A session on the CPU. `run` is safe from many threads; feeds must have been checked by the caller."""
+
+    def __init__(self, session: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+        self._session = session
+        self._inputs = tuple(inputs)
+        self._outputs = tuple(outputs)
+        self._names = [o.name for o in self._outputs]
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._outputs
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
+        if self._session is None:
+            raise AttnDeployError("the session is closed", next_step="load the bundle again")
+        return dict(zip(self._names, self._session.run(self._names, feeds), strict=True))
+
+    def close(self) -> None:
+        """Frees the model. Calls that are running end normally."""
+        self._session = None
+
+
+def open_session(
+    model: bytes | Path,
+    *,
+    inputs: Sequence[TensorSpec] | None = None,
+    outputs: Sequence[TensorSpec] | None = None,
+    threads: int | None = None,
+    library: bool = False,
+) -> OnnxRuntimeSession:
+    """Raises UnavailableError without onnxruntime, AttnDeployError when it rejects the model."""
+    session = _create(model, _options(threads, library))
+    return OnnxRuntimeSession(
+        session, inputs or _specs(session.get_inputs()), outputs or _specs(session.get_outputs())
+    )
+
+
+def read_back(model: Path, feeds: Mapping[str, Array], *, library: bool = False) -> list[RunNode]:
+    """Every node of the session in the order of the run, from a profile of its second call.
+
+    Prepacking is off, since prepacked weights are left out of the profile and the work could not be counted; it
+    changes no node.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = _options(None, library)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        session = _create(model, options)
+        session.run(None, dict(feeds))
+        events = json.loads(Path(session.end_profiling()).read_text())
+    return [_node(e) for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+
+
+def _node(event: Mapping[str, Any]) -> RunNode:
+    args = event["args"]
+    return RunNode(
+        name=event["name"].removesuffix("_kernel_time"),
+        op_type=args["op_name"],
+        provider=args.get("provider", ""),
+        inputs=_infos(args.get("input_type_shape", ())),
+        outputs=_infos(args.get("output_type_shape", ())),
+        time_us=float(event.get("dur", 0)),
+    )
+
+
+def _infos(entries: Sequence[Mapping[str, Sequence[int]]]) -> tuple[TensorInfo, ...]:
+    return tuple(
+        TensorInfo(_PROFILE_DTYPES.get(dtype, dtype), tuple(shape)) for entry in entries for dtype, shape in entry.items()
+    )
+
+
+def _options(threads: int | None, library: bool) -> Any:
+    reason = availability()
+    if reason is not None:
+        raise UnavailableError("onnxruntime-cpu cannot run here", got=reason, next_step=INSTALL)
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    if library:
+        path = native.library_path()
+        if path is not None:  # without it the function bodies run
+            options.register_custom_ops_library(str(path))
+    return options
+
+
+def _create(model: bytes | Path, options: Any) -> Any:
+    import onnxruntime
+
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise AttnDeployError(
+            "ONNX Runtime rejected the model",
+            where=None if isinstance(model, bytes) else str(model),
+            got=str(error).splitlines()[0],
+            next_step="see `attn-deploy doctor` for the installed version",
+        ) from error
+
+
+def _specs(values: Sequence[Any]) -> tuple[TensorSpec, ...]:
+    specs = []
+    for value in values:
+        dtype = _DTYPES.get(value.type, value.type)
+        specs.append(TensorSpec(value.name, dtype, tuple(d if d is not None else "?" for d in value.shape)))
+    return tuple(specs)
