@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from attn_deploy.receipt import Fidelity
-from attn_deploy.session import Array
+from attn_deploy.inputs import FLOATS, ExampleInput, feeds_batch, make_feeds
+from attn_deploy.receipt import CaseParity, Fidelity, Parity, SiteParity
+from attn_deploy.session import Array, DimBounds
 
 FP32_MIN_SQNR_DB = 60.0
 FP32_MAX_REL = 1e-4
@@ -88,3 +91,119 @@ def _decibel(signal: float, noise: float) -> float:
     if signal == 0:
         return -EXACT_DB
     return max(-EXACT_DB, min(EXACT_DB, 10 * math.log10(signal / noise)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of input to compare on. `typical` inputs look like what the model will see; the others stress it."""
+
+    name: str
+    feeds: Mapping[str, Array]
+    typical: bool
+
+
+@dataclass(frozen=True)
+class SiteCase:
+    """One site of a candidate alone: a small ONNX model, the reference's values for its inputs and for its result."""
+
+    module: str
+    model: bytes
+    feeds: Mapping[str, Array]
+    expected: Array
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What an output may lose. `max_rel` None leaves the verdict to the SQNR."""
+
+    min_sqnr_db: float
+    max_rel: float | None
+
+    def holds(self, fidelity: Fidelity) -> bool:
+        close = self.max_rel is None or fidelity.max_rel <= self.max_rel
+        return fidelity.sqnr_db >= self.min_sqnr_db and close
+
+    def describe(self) -> str:
+        relative = "" if self.max_rel is None else f" and an error of {self.max_rel:g} of the range at most"
+        return f"{self.min_sqnr_db:g} dB or more{relative}"
+
+
+LARGE = 10.0
+"""Standard deviation of the inputs in the case of large values."""
+
+
+def parity_cases(inputs: Sequence[ExampleInput], dims: Mapping[str, DimBounds]) -> list[Case]:
+    """Normal inputs, and where the batch is dynamic a single sample and an odd number of them; large values; masks
+    that leave one token."""
+    bounds = dims.get("batch")
+
+    def batch(size: int) -> int | None:
+        if bounds is None:
+            return None
+        return max(bounds.min, size if bounds.max is None else min(size, bounds.max))
+
+    cases = [Case("normal", make_feeds(inputs, batch=batch(2), seed=11), typical=True)]
+    if bounds is not None:
+        cases.append(Case("single sample", make_feeds(inputs, batch=batch(1), seed=12), typical=True))
+        cases.append(Case("odd batch", make_feeds(inputs, batch=batch(3), seed=13), typical=True))
+    if any(i.dtype in FLOATS for i in inputs):
+        cases.append(Case("large values", make_feeds(inputs, batch=batch(2), seed=14, magnitude=LARGE), typical=False))
+    if any(i.mask for i in inputs):
+        feeds = make_feeds(inputs, batch=batch(2), seed=15)
+        for item in inputs:
+            if item.mask:
+                feeds[item.name][..., 1:] = 0
+        cases.append(Case("masked rows", feeds, typical=False))
+    return cases
+
+
+def compare(
+    case: Case, reference: Mapping[str, Array], got: Mapping[str, Array], tolerance: Tolerance, *, judged: bool
+) -> list[CaseParity]:
+    """One row for each output. A reference that is constant over all its elements does not pass: it proves nothing."""
+    rows = []
+    for name, expected in reference.items():
+        moments = Moments()
+        moments.add(expected, got[name])
+        fidelity = moments.fidelity()
+        passed = tolerance.holds(fidelity) and not (moments.constant and expected.size > 1)
+        rows.append(case_row(case.name, feeds_batch(case.feeds), name, fidelity, judged=judged, passed=passed))
+    return rows
+
+
+def case_row(case: str, inputs: int, output: str, fidelity: Fidelity, *, judged: bool, passed: bool) -> CaseParity:
+    return CaseParity(
+        name=case, inputs=inputs, output=output, max_abs=fidelity.max_abs, max_rel=fidelity.max_rel,
+        cosine=fidelity.cosine, sqnr_db=fidelity.sqnr_db, judged=judged, passed=passed,
+    )  # fmt: skip
+
+
+def summarize(
+    cases: Sequence[CaseParity], sites: Sequence[SiteParity], top1_agreement: float | None
+) -> Parity:
+    """The worst of the judged cases stands for the candidate."""
+    judged = [c for c in cases if c.judged] or list(cases)
+    return Parity(
+        inputs=sum({c.name: c.inputs for c in judged}.values()),
+        max_abs=max(c.max_abs for c in judged),
+        max_rel=max(c.max_rel for c in judged),
+        cosine=min(c.cosine for c in judged),
+        sqnr_db=min(c.sqnr_db for c in judged),
+        top1_agreement=top1_agreement,
+        cases=tuple(cases),
+        sites=tuple(sites),
+    )
+
+
+def parity_fault(parity: Parity, tolerance: Tolerance) -> str | None:
+    """Why the candidate is not the same model, or None: the first judged case or site that failed."""
+    for case in parity.cases:
+        if case.judged and not case.passed:
+            return (
+                f"output {case.output!r} on {case.name}: {case.sqnr_db:.1f} dB, max error {case.max_rel:.2g} of the "
+                f"range; expected {tolerance.describe()} and a reference that varies"
+            )
+    for site in parity.sites:
+        if not site.passed:
+            return f"site {site.module}: {site.sqnr_db:.1f} dB, expected {tolerance.describe()}"
+    return None

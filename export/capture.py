@@ -55,13 +55,17 @@ def capture(source: LoadedSource, dims: Mapping[str, DimBounds]) -> CapturedMode
     outputs = output_names(example)
     shapes = None
     if dims:
-        bounds = dims["batch"]
-        dim = Dim("batch", min=bounds.min) if bounds.max is None else Dim("batch", min=bounds.min, max=bounds.max)
+        dim = batch_dim(dims["batch"])
         shapes = {item.name: {0: dim} for item in source.inputs}
     with torch.no_grad(), path.tracking(), _as_capture_error(path):
         program = torch.export.export(module, (), feeds, dynamic_shapes=shapes, strict=False)
     _require_dynamic_batch(program, dims)
     return CapturedModel(normalize(program), source.inputs, outputs, dict(dims), _eager(module, outputs))
+
+
+def batch_dim(bounds: DimBounds) -> Any:
+    """The batch as torch.export's dynamic dimension."""
+    return Dim("batch", min=bounds.min) if bounds.max is None else Dim("batch", min=bounds.min, max=bounds.max)
 
 
 def _from_program(source: LoadedSource, program: ExportedProgram) -> CapturedModel:

@@ -19,9 +19,10 @@ import torch
 from onnxscript import rewriter
 from onnxscript import values as onnxscript_values
 from onnxscript.rewriter.rules import common
-from torch.export import Dim
+from torch.export import ExportedProgram
 
 from attn_deploy.errors import AttnDeployError
+from attn_deploy.export.capture import CapturedModel, batch_dim
 from attn_deploy.export.forms import OPERATORS, form_and_operands
 from attn_deploy.export.functions import attach_functions, inline_functions, register_schemas
 from attn_deploy.export.recognize.site import Kind
@@ -66,12 +67,7 @@ def to_onnx(rewritten: RewrittenModel, *, opset: int = MIN_OPSET) -> CanonicalMo
     """Translates the rewritten graph. Raises AttnDeployError when an ATen operator has no ONNX counterpart."""
     register_schemas()
     captured = rewritten.captured
-    shapes = None
-    if captured.dims:
-        bounds = captured.dims["batch"]
-        dim = Dim("batch", min=bounds.min) if bounds.max is None else Dim("batch", min=bounds.min, max=bounds.max)
-        shapes = tuple({0: dim} for _ in captured.inputs)
-    model = _export(rewritten, opset, shapes)
+    model = _export(captured, rewritten.program, opset)
     operators = _site_nodes(model, rewritten)
     _fold_batch_norms(model)
     _name_nodes(model)
@@ -107,8 +103,16 @@ def save_model(model: ir.Model, path: Path, *, external_data_bytes: int = EXTERN
     return (path, data)
 
 
-def _export(rewritten: RewrittenModel, opset: int, shapes: Any) -> ir.Model:
-    captured = rewritten.captured
+def plain_onnx(captured: CapturedModel, *, opset: int = MIN_OPSET) -> ir.Model:
+    """What torch.onnx.export makes of the model by itself: the peer to be faster than."""
+    return _export(captured, captured.program, opset)
+
+
+def _export(captured: CapturedModel, program: ExportedProgram, opset: int) -> ir.Model:
+    shapes = None
+    if captured.dims:  # said again: torch.onnx would call the dimension s77
+        dim = batch_dim(captured.dims["batch"])
+        shapes = tuple({0: dim} for _ in captured.inputs)
     ops = torch.ops.attn_deploy
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         getattr(ops, name).default: _translation(name) for name in OPERATORS
@@ -120,7 +124,7 @@ def _export(rewritten: RewrittenModel, opset: int, shapes: Any) -> ir.Model:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             exported = torch.onnx.export(
-                rewritten.program, dynamo=True, opset_version=opset, custom_translation_table=table,
+                program, dynamo=True, opset_version=opset, custom_translation_table=table,
                 dynamic_shapes=shapes, input_names=[i.name for i in captured.inputs],
                 output_names=list(captured.outputs), optimize=True, verbose=False,
             )  # fmt: skip
@@ -180,14 +184,14 @@ def _name_nodes(model: ir.Model) -> None:
 
 
 def _scope(node: ir.Node) -> str:
-    """The module path that torch.onnx noted; the last entry is the ATen node itself.
-
-    A node that a rewrite made has lost the note: its weight's name still tells.
-    """
+    """The module path: the name of the weight where the node has one (a folded BatchNormalization leaves the
+    convolution's weight), else what torch.onnx noted, whose last entry is the ATen node itself."""
+    weight = node.inputs[1] if len(node.inputs) > 1 else None
+    if weight is not None and weight.is_initializer() and str(weight.name).endswith(".weight"):
+        return str(weight.name).removesuffix(".weight")
     text = node.metadata_props.get("pkg.torch.onnx.name_scopes")
     if not text:
-        names = [i.name for i in node.inputs if i is not None and i.is_initializer() and i.name]
-        return next((n.removesuffix(".weight") for n in names if n.endswith(".weight")), "")
+        return ""
     scopes = [s for s in ast.literal_eval(text)[:-1] if s and not s.startswith("_empty_nn_module")]
     return scopes[-1] if scopes else ""
 

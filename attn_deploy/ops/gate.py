@@ -15,8 +15,16 @@ from attn_deploy.ops.form import Array, Form, Input, Shape, lines, require
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "": lambda x: x,
     "Relu": lambda x: np.maximum(x, 0.0),
-    "Silu": lambda x: x * 0.5 * (1.0 + np.tanh(0.5 * x)),
+    "Silu": lambda x: _silu(x),
 }
+
+
+def _silu(x: Array) -> Array:
+    """x * sigmoid(x) without cancellation for large negative x; 0 at -inf."""
+    small = np.exp(-np.abs(x))
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isneginf(x), -0.0, x * np.where(x < 0, small, 1.0) / (1.0 + small))
+
 
 _ACTIVATION_STATEMENTS = {
     "": ("output = Identity (sum)",),

@@ -79,7 +79,7 @@ class Scores:
         if self.mask:
             keep = extra[-1]
         if self.causal:
-            seen = np.tri(*scores.shape[-2:], dtype=bool)
+            seen = np.tri(scores.shape[-2], scores.shape[-1]) > 0
             keep = seen if keep is None else keep & seen
         return softmax_float64(scores, keep)
 

@@ -6,4 +6,4 @@ from attn_deploy.export.lower import onnxruntime_cpu
 from attn_deploy.target import Target
 
 RECIPES = {Target.ONNXRUNTIME_CPU: onnxruntime_cpu}
-"""Target -> the module that lowers for it: `lower` and `needs_calibration`."""
+"""Target -> the module that lowers for it, with its function `lower`."""

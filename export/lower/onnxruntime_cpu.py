@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -39,8 +39,10 @@ def lower(
     native: frozenset[str] = frozenset(),
     calibration: Batches | None = None,
     open_model: OpenModel | None = None,
+    exclude: Sequence[str] = (),
 ) -> Lowered:
-    """`native`: forms that stay operators, to be run by the native library; all others are inlined.
+    """`native`: forms that stay operators, to be run by the native library; all others are inlined. `exclude`: module
+    paths below which every layer stays in floating point.
 
     INT8 of a model with convolutions needs `calibration` and `open_model`.
     """
@@ -48,7 +50,7 @@ def lower(
     plan = PrecisionPlan(())
     notes: tuple[str, ...] = ()
     if precision is Precision.INT8:
-        plan = plan_int8(model)
+        plan = plan_int8(model, exclude)
         _quantize(canonical, model, plan, calibration, open_model)
     inline_functions(model, keep=native)
     if precision is Precision.FP16:
@@ -77,11 +79,3 @@ def _quantize(
         quantize_convs(model, convs, ranges)
     for node in by_scheme[Scheme.DYNAMIC_PER_TOKEN]:
         quantize_linear(model, node)
-
-
-def needs_calibration(canonical: CanonicalModel, precision: Precision) -> bool:
-    """True when lowering at this precision reads calibration data."""
-    if precision is not Precision.INT8:
-        return False
-    plan = plan_int8(canonical.model)
-    return any(layer.scheme is Scheme.STATIC_PER_TENSOR for layer in plan.layers)

@@ -31,7 +31,7 @@ def store_fp16(model: ir.Model) -> tuple[str, ...]:
             name=f"{name}/fp16", const_value=ir.tensor(array.astype(np.float16), name=f"{name}/fp16")
         )
         model.graph.register_initializer(half)
-        insert = Inserter(model, next(iter(model.graph)))
+        insert = Inserter(model, next(iter(model.graph)), name)
         restored = insert.op("Cast", [half], dtype=ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
         value.replace_all_uses_with(restored)
         del model.graph.initializers[name]

@@ -12,11 +12,15 @@ from attn_deploy.session import Array
 
 
 class Inserter:
-    """Makes nodes in front of `anchor`; every name starts with the anchor's, so that profiles show where they belong."""
+    """Makes nodes in front of `anchor`; every name starts with the anchor's, so that profiles show where they belong.
 
-    def __init__(self, model: ir.Model, anchor: ir.Node) -> None:
+    `part` keeps the names of several inserters at one anchor apart.
+    """
+
+    def __init__(self, model: ir.Model, anchor: ir.Node, part: str = "") -> None:
         self._model = model
         self._anchor = anchor
+        self._prefix = f"{anchor.name}/{part}" if part else str(anchor.name)
         self._count = 0
 
     def op(
@@ -25,7 +29,7 @@ class Inserter:
     ) -> ir.Value:  # fmt: skip
         """One node with one output."""
         self._count += 1
-        name = f"{self._anchor.name}/{operator}_{self._count}"
+        name = f"{self._prefix}/{operator}_{self._count}"
         output = ir.Value(name=f"{name}_output", type=None if dtype is None else ir.TensorType(dtype))
         node = ir.node(operator, list(inputs), attributes, domain=domain, outputs=[output], name=name)
         self._model.graph.insert_before(self._anchor, node)
@@ -35,7 +39,7 @@ class Inserter:
 
     def constant(self, label: str, array: Array | np.generic) -> ir.Value:
         """An initializer named after the anchor."""
-        name = f"{self._anchor.name}/{label}"
+        name = f"{self._prefix}/{label}"
         if name in self._model.graph.initializers:
             return self._model.graph.initializers[name]
         value = ir.Value(name=name, const_value=ir.tensor(np.asarray(array), name=name))

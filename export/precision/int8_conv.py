@@ -75,9 +75,9 @@ def scale_and_zero_point(span: Range) -> tuple[np.float32, np.uint8]:
 def _pair(model: ir.Model, anchor: ir.Node, value: ir.Value, span: Range) -> ir.Value:
     """Quantizes and dequantizes a value in front of `anchor`."""
     scale, zero_point = scale_and_zero_point(span)
-    insert = Inserter(model, anchor)
-    scale_value = insert.constant("input_scale", np.array(scale))
-    zero_value = insert.constant("input_zero_point", np.array(zero_point))
+    insert = Inserter(model, anchor, "input")
+    scale_value = insert.constant("scale", np.array(scale))
+    zero_value = insert.constant("zero_point", np.array(zero_point))
     quantized = insert.op("QuantizeLinear", [value, scale_value, zero_value], dtype=ir.DataType.UINT8)
     return insert.op("DequantizeLinear", [quantized, scale_value, zero_value], dtype=ir.DataType.FLOAT)
 
@@ -86,9 +86,6 @@ def _quantize_written(model: ir.Model, value: ir.Value, span: Range) -> ir.Value
     """A pair behind `value`; everything that read the value reads the pair."""
     producer = value.producer()
     assert producer is not None
-    following = producer.next if hasattr(producer, "next") else None
-    nodes = list(model.graph) if following is None else []
-    anchor = following if following is not None else nodes[nodes.index(producer) + 1]
     scale, zero_point = scale_and_zero_point(span)
     names = [f"{producer.name}/output_scale", f"{producer.name}/output_zero_point"]
     constants = []
@@ -104,7 +101,7 @@ def _quantize_written(model: ir.Model, value: ir.Value, span: Range) -> ir.Value
         ir.Node("", "DequantizeLinear", [quantized, *constants], outputs=[result],
                 name=f"{producer.name}/DequantizeLinear"),
     ]  # fmt: skip
-    model.graph.insert_before(anchor, pair)
+    model.graph.insert_after(producer, pair)
     return result
 
 
@@ -114,7 +111,7 @@ def _quantize_parameters(model: ir.Model, conv: ir.Node, input_span: Range) -> N
     assert weight_value is not None
     assert weight_value.const_value is not None
     weight, weight_scale = quantize_weight(weight_value.const_value.numpy(), axis=0)
-    insert = Inserter(model, conv)
+    insert = Inserter(model, conv, "parameters")
     scale_value = insert.constant("weight_scale", weight_scale)
     zeros = insert.constant("weight_zero_point", np.zeros(len(weight_scale), np.int8))
     conv.replace_input_with(

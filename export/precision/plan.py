@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 import onnx_ir as ir
+
+from attn_deploy.errors import UsageError
+from attn_deploy.target import nearest
 
 
 class Scheme(StrEnum):
@@ -20,6 +24,7 @@ class Exempt(StrEnum):
     HEAD = "the head: its error goes straight to the output"
     STEM = "the first convolution: few multiply-adds on raw input"
     GATE = "inside a gate: few multiply-adds that decide over whole channels"
+    EXCLUDED = "excluded by the user"
     FORM = "its weight is not a constant matrix or its attributes have no INT8 kernel"
 
 
@@ -56,15 +61,22 @@ def weight_of(node: ir.Node) -> ir.Value | None:
     return weight if weight is not None and weight.const_value is not None else None
 
 
-def plan_int8(model: ir.Model) -> PrecisionPlan:
-    """INT8 for every linear layer and convolution but the head, the stem and what stands inside a gate."""
+def plan_int8(model: ir.Model, exclude: Sequence[str] = ()) -> PrecisionPlan:
+    """INT8 for every linear layer and convolution but the head, the stem, what stands inside a gate, and what lies
+    below a module path in `exclude`. Raises UsageError for a path below which there is no layer."""
+    names = [str(n.name).rpartition("/")[0] for n in weighted_nodes(model)]
+    for path in exclude:
+        if not any(_below(name, path) for name in names):
+            raise UsageError("--exclude names no module with a layer", got=path, expected=nearest(path, set(names)))
     outputs = {id(o) for o in model.graph.outputs}
     stem_seen = False
     layers = []
     for node in weighted_nodes(model):
         scheme = Scheme.STATIC_PER_TENSOR if node.op_type == "Conv" else Scheme.DYNAMIC_PER_TOKEN
         exempt: Exempt | None = None
-        if not _has_kernel(node):
+        if any(_below(str(node.name).rpartition("/")[0], path) for path in exclude):
+            exempt = Exempt.EXCLUDED
+        elif not _has_kernel(node):
             exempt = Exempt.FORM
         elif _feeds_output(node, outputs):
             exempt = Exempt.HEAD
@@ -76,6 +88,10 @@ def plan_int8(model: ir.Model) -> PrecisionPlan:
             scheme = Scheme.FLOAT
         layers.append(LayerPlan(str(node.name), scheme, exempt or ""))
     return PrecisionPlan(tuple(layers))
+
+
+def _below(name: str, path: str) -> bool:
+    return name == path or name.startswith(path + ".")
 
 
 def _has_kernel(node: ir.Node) -> bool:

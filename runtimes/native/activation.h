@@ -42,8 +42,8 @@ inline float Exp(float v) {
 inline float Relu(float v) { return v < 0.0f ? 0.0f : v; }
 
 // v / (1 + exp(-v)), relative error below 4e-7 (3.4e-7 seen, every float tried) where the result is not subnormal. NaN
-// gives NaN; -infinity gives -0, the limit. Written with exp(-|v|), which cannot overflow, taken as the square of exp(-|v| / 2), which stays
-// normal as far as the result does.
+// gives NaN; -infinity gives -0, the limit. Written with exp(-|v|), which cannot overflow, as the square of
+// exp(-|v| / 2), which stays normal as far as the result does.
 inline float Silu(float v) {
   // silu(-120) is below the smallest subnormal; clamping keeps -infinity from becoming infinity * 0.
   constexpr float kZeroBelow = -120.0f;

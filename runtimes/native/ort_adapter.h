@@ -12,6 +12,7 @@
 
 namespace attn_deploy::native {
 
+// For calls that return OrtStatus*, inside functions that do.
 #define ATTN_DEPLOY_RETURN_IF_ERROR(expression)                                  \
   do {                                                                           \
     if (attn_deploy::ort::OrtStatus* status_ = (expression)) return status_;     \
@@ -20,6 +21,7 @@ namespace attn_deploy::native {
 // "[2,3,7,7]". Throws std::bad_alloc.
 std::string ToString(const Shape& shape);
 
+// The error for inputs that an operator does not accept.
 ort::OrtStatus* InvalidArgument(const ort::OrtApi& api, const std::string& message);
 
 // Runs `body`, which returns an OrtStatus*, and turns what it throws into one: no exception may reach ONNX Runtime.
@@ -45,6 +47,7 @@ struct InputTensor {
   const void* data = nullptr;
 };
 
+// Input `index` of the node that is running. Valid until its Compute returns.
 ort::OrtStatus* GetInput(const ort::OrtApi& api, const ort::OrtKernelContext* context, size_t index,
                          InputTensor* input);
 

@@ -60,6 +60,7 @@ struct Registration {
   GateOp gates[std::size(kGateForms)] = {};
 };
 
+// Makes the operators of `registration`, whose domain exists, and adds them to it.
 OrtStatus* FillDomain(Registration* registration) {
   const OrtApi& api = *registration->api;
   for (size_t i = 0; i < std::size(kGateForms); ++i) {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,9 @@ from attn_deploy.runtimes import native
 
 SOURCE = Path(__file__).parents[2] / "runtimes" / "native"
 
+TOOL_PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+"""The environment's own cmake and ninja count, activated or not."""
+
 Dims = list[str | int | None]
 Feeds = dict[str, np.ndarray]
 
@@ -31,7 +36,7 @@ def source() -> Path:
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library of this source tree; the installed one where nothing can be built."""
-    if shutil.which("cmake") and shutil.which("c++"):
+    if all(shutil.which(tool, path=TOOL_PATH) for tool in ("cmake", "c++")):
         return _build(tmp_path_factory.mktemp("native_build"))
     installed = native.library_path()
     if installed is None:
@@ -40,12 +45,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _build(folder: Path) -> Path:
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    generator = ["-G", "Ninja"] if shutil.which("ninja", path=TOOL_PATH) else []
     for command in (
         ["cmake", "-S", str(SOURCE), "-B", str(folder), *generator, "-DATTN_DEPLOY_STRICT=ON"],
         ["cmake", "--build", str(folder), "--config", "Release"],
     ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = {**os.environ, "PATH": TOOL_PATH}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return next(folder.rglob("libattn_deploy_native.*"))
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
@@ -57,7 +58,8 @@ def test_without_library_and_body_the_model_does_not_load(make_gate_model: MakeM
 @pytest.mark.parametrize(
     ("shapes", "parts"),
     [
-        pytest.param([(2, 3, 4, 4), (3, 4, 4), (2, 3, 4, 4)], ["gate", "[3,4,4]", "[2,3,4,4]"], id="gate-rank"),
+        pytest.param([(2, 3, 4, 4), (3, 4, 4), (2, 3, 4, 4)], ["gate", "[3,4,4]", "[2,3,4,4]"], id="gate-rank-below"),
+        pytest.param([(2, 3), (2, 3, 1), (2, 3)], ["gate", "[2,3,1]", "[2,3]"], id="gate-rank-above"),
         pytest.param([(2, 3, 4, 4), (2, 2, 1, 1), (2, 3, 4, 4)], ["gate", "[2,2,1,1]", "[2,3,4,4]"], id="gate-dim"),
         pytest.param([(1, 3, 4, 4), (2, 3, 1, 1), (1, 3, 4, 4)], ["gate", "[2,3,1,1]", "[1,3,4,4]"], id="gate-larger"),
         pytest.param([(1, 3), (0, 3), (1, 3)], ["gate", "[0,3]", "[1,3]"], id="gate-empty"),
@@ -103,18 +105,27 @@ def test_other_dtypes_are_refused_at_load_by_node_name(
         pytest.param([2, 3, 4, 8], [2, 3, 4, 8], id="fixed"),
         # A dim without name or value cannot be said through this API: ONNX Runtime would record it as -1.
         pytest.param([None, 3, 4, 8], [], id="unnamed-dim-says-nothing"),
-        pytest.param(None, [], id="unknown-rank-says-nothing"),
     ],
 )
 def test_the_graph_knows_the_output_shape(
     make_gate_model: MakeModel,
     open_model: OpenModel,
     library: Path,
-    x: list[str | int | None] | None,
+    x: list[str | int | None],
     expected: list[str | int],
 ) -> None:
     session = open_model(make_gate_model("Gate", with_body=False, x=x), library=library)
     assert session.get_outputs()[0].shape == expected
+
+
+def test_an_input_of_unknown_rank_is_not_taken_for_a_scalar(
+    make_gate_model: MakeModel, open_model: OpenModel, library: Path
+) -> None:
+    model = onnx.load_from_string(make_gate_model("Gate"))
+    model.graph.node[0].output[0] = "gated"
+    model.graph.node.append(onnx.helper.make_node("Transpose", ["gated"], ["output"], perm=[0, 2, 3, 1]))
+    session = open_model(model.SerializeToString(), library=library)
+    assert session.run(None, {"x": ones(2, 3, 4, 5), "gate": ones(1, 1, 1, 1)})[0].shape == (2, 4, 5, 3)
 
 
 def test_sessions_open_and_close_from_many_threads(

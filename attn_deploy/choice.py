@@ -1,0 +1,71 @@
+"""The budget that a candidate must keep, and the choice of the fastest that keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from attn_deploy.parity import FP16_MIN_SQNR_DB, FP32_MAX_REL, FP32_MIN_SQNR_DB, INT8_MIN_SQNR_DB, Tolerance
+from attn_deploy.receipt import Accuracy, CandidateEntry
+from attn_deploy.target import Precision
+
+INT8_MIN_SHARE = 0.9
+"""`int8` means that at least this share of the multiply-adds of linear layers and convolutions is in INT8."""
+
+DEFAULT_MAX_DROP = 1.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a candidate may lose. `min_agreement`: share of inputs whose top-1 equals FP32's; `max_drop`: points of the
+    metric; `min_sqnr_db`: of every output. None takes the default of the precision."""
+
+    min_agreement: float | None = None
+    max_drop: float | None = None
+    min_sqnr_db: float | None = None
+
+    def tolerance(self, precision: Precision) -> Tolerance:
+        """Of every output: the user's floor, and never below what FP32 and FP16 must give anyway."""
+        floors = {Precision.FP32: FP32_MIN_SQNR_DB, Precision.FP16: FP16_MIN_SQNR_DB, Precision.INT8: 0.0}
+        given = self.min_sqnr_db
+        if given is None:
+            given = INT8_MIN_SQNR_DB if precision is Precision.INT8 else 0.0
+        max_rel = FP32_MAX_REL if precision is Precision.FP32 else None
+        return Tolerance(max(floors[precision], given), max_rel)
+
+    def accuracy_fault(self, agreement: float | None, accuracy: Accuracy | None) -> str | None:
+        """Why the accuracy misses the budget, or None."""
+        if self.min_agreement is not None and agreement is not None and agreement < self.min_agreement:
+            return f"agreement {agreement:.4f}, budget {self.min_agreement:.4f}"
+        if accuracy is not None:
+            drop = accuracy.reference - accuracy.value
+            allowed = DEFAULT_MAX_DROP if self.max_drop is None else self.max_drop
+            if drop > allowed + 1e-9:
+                return f"{accuracy.metric} drops by {drop:.2f} points, budget {allowed:.2f}"
+        return None
+
+
+def share_fault(precision: Precision, weighted_dtype_share: dict[str, float]) -> str | None:
+    """Why a candidate is not in the precision that was asked, or None. FP16 on a CPU is storage: nothing to check."""
+    if precision is not Precision.INT8:
+        return None
+    share = weighted_dtype_share.get("int8", 0.0)
+    if share < INT8_MIN_SHARE:
+        return f"only {share:.1%} of the multiply-adds of linear layers and convolutions are in INT8"
+    return None
+
+
+def choose(candidates: Sequence[CandidateEntry]) -> dict[str, str]:
+    """Target -> id of its fastest passed candidate; one without a latency comes after all that have one."""
+    chosen: dict[str, CandidateEntry] = {}
+    for candidate in candidates:
+        if candidate.status != "passed":
+            continue
+        best = chosen.get(candidate.target)
+        if best is None or _time(candidate) < _time(best):
+            chosen[candidate.target] = candidate
+    return {target: candidate.id for target, candidate in chosen.items()}
+
+
+def _time(candidate: CandidateEntry) -> float:
+    return candidate.latency.p50_ms if candidate.latency is not None else float("inf")

@@ -1,0 +1,133 @@
+"""What the opened session really runs: which nodes run each site, and how much is multiplied in which type."""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from attn_deploy.ops import FORMS
+from attn_deploy.receipt import SiteRun
+
+
+class Tensor(Protocol):
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class Node(Protocol):
+    """A node that ran, as attn_deploy.runtimes.RunNode gives it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def op_type(self) -> str: ...
+    @property
+    def provider(self) -> str: ...
+    @property
+    def inputs(self) -> tuple[Tensor, ...]: ...
+    @property
+    def outputs(self) -> tuple[Tensor, ...]: ...
+
+
+LINEAR = frozenset({"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "MatMulInteger", "MatMulIntegerToFloat",
+                    "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "MatMulNBits"})  # fmt: skip
+CONVOLUTIONS = frozenset({"Conv", "FusedConv", "QLinearConv", "ConvInteger", "NhwcFusedConv"})
+ATTENTION = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention"})
+INTEGER_INSIDE = frozenset({"DynamicQuantizeMatMul", "QGemm"})
+"""Operators that read floats and multiply integers."""
+
+_TRANSPOSED_B = frozenset({"Gemm", "FusedGemm", "QGemm"})
+
+
+def site_runs(sites: Iterable[tuple[str, str]], nodes: Sequence[Node]) -> tuple[SiteRun, ...]:
+    """For each (module, operator's node name): what runs it.
+
+    A node belongs to a site when its name is the site's or starts with it: lowering names everything so, and ONNX
+    Runtime keeps the beginning of a name when it fuses. A site of which no node is left was folded into others.
+    """
+    runs = []
+    for module, root in sites:
+        own = [n for n in nodes if n.name == root or n.name.startswith((root + "/", root + "_"))]
+        own = [n for n in own if not _belongs_to_other(n.name, root)]
+        runs.append(
+            SiteRun(
+                module=module,
+                implementation=_implementation(own),
+                provider=", ".join(sorted({n.provider for n in own})),
+                nodes=tuple(n.op_type for n in own),
+            )
+        )
+    return tuple(runs)
+
+
+def _belongs_to_other(name: str, root: str) -> bool:
+    """`a/Gate_2` starts with `a/Gate` but is the second of its kind in the module."""
+    rest = name[len(root) :]
+    return rest[:1] == "_" and rest[1:].split("/")[0].isdigit()
+
+
+def _implementation(nodes: Sequence[Node]) -> str:
+    if not nodes:
+        return "fused into its neighbours"
+    types = {n.op_type for n in nodes}
+    own = sorted(types & FORMS.keys() - ATTENTION) + sorted(
+        n.op_type for n in nodes if n.op_type in FORMS and n.op_type in ATTENTION and _is_ours(n)
+    )
+    if own and len(nodes) == 1:
+        return f"native:{own[0]}"
+    fused = sorted(types & ATTENTION)
+    if fused and not own:
+        return f"ort:{fused[0]}"
+    return "inlined" if len(nodes) > 1 else f"ort:{nodes[0].op_type}"
+
+
+def _is_ours(node: Node) -> bool:
+    """Our Attention reads [batch, tokens, heads, head_dim]; ONNX Runtime's contrib one reads rank 3."""
+    return bool(node.inputs) and len(node.inputs[0].shape) == 4
+
+
+def multiply_adds(node: Node) -> int:
+    """Multiply-adds of a matrix product or convolution, from the shapes it ran with; 0 for anything else."""
+    if not node.outputs or not node.inputs:
+        return 0
+    result = math.prod(node.outputs[0].shape)
+    if node.op_type in LINEAR:
+        return result * node.inputs[0].shape[-1]
+    if node.op_type in CONVOLUTIONS:
+        weight = next((t for t in node.inputs[1:] if len(t.shape) == len(node.outputs[0].shape)), None)
+        return result * math.prod(weight.shape[1:]) if weight is not None else 0
+    return 0
+
+
+def compute_type(node: Node) -> str:
+    """`int8`, `float32`, ...: what the node multiplies in."""
+    if node.op_type in INTEGER_INSIDE or node.inputs[0].dtype in ("uint8", "int8"):
+        return "int8"
+    return node.inputs[0].dtype
+
+
+def dtype_shares(nodes: Sequence[Node], site_roots: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:
+    """Share of multiply-adds by type: (over everything, over linear layers and convolutions alone).
+
+    A product inside a site (query with key, weights with value) is no linear layer.
+    """
+    everything: collections.Counter[str] = collections.Counter()
+    weighted: collections.Counter[str] = collections.Counter()
+    for node in nodes:
+        work = multiply_adds(node)
+        if not work:
+            continue
+        kind = compute_type(node)
+        everything[kind] += work
+        if not any(node.name.startswith(root + "/") for root in site_roots):
+            weighted[kind] += work
+    return _shares(everything), _shares(weighted)
+
+
+def _shares(work: collections.Counter[str]) -> dict[str, float]:
+    total = sum(work.values())
+    return {kind: round(count / total, 6) for kind, count in work.most_common()} if total else {}

@@ -1,0 +1,119 @@
+"""Builds candidates as files, and the peers that they are measured against."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import onnx_ir as ir
+import torch
+
+from attn_deploy.bundle import CANONICAL, PORTABLE
+from attn_deploy.export.capture import CapturedModel
+from attn_deploy.export.lower import RECIPES
+from attn_deploy.export.lower.onnxruntime_cpu import Lowered
+from attn_deploy.export.precision.calibration import OpenModel
+from attn_deploy.export.rewrite import RewrittenModel
+from attn_deploy.export.site_parity import SiteRecord, record_sites, site_cases
+from attn_deploy.export.to_onnx import CanonicalModel, plain_onnx, portable, save_model
+from attn_deploy.latency import System
+from attn_deploy.proving import Built
+from attn_deploy.session import Array
+from attn_deploy.target import Precision, Target
+
+BYTES_PER_MB = 1_000_000
+
+
+class Options(Protocol):
+    """The part of the export's options that building reads."""
+
+    @property
+    def targets(self) -> Sequence[Target]: ...
+    @property
+    def precisions(self) -> Sequence[Precision]: ...
+    @property
+    def exclude(self) -> Sequence[str]: ...
+
+
+class Report(Protocol):
+    def step(self, done: int, total: int) -> None: ...
+
+
+def save_sources(canonical: CanonicalModel, folder: Path) -> None:
+    """canonical.onnx and portable.onnx."""
+    save_model(canonical.model, folder / CANONICAL)
+    save_model(portable(canonical), folder / PORTABLE)
+
+
+def build_candidates(
+    rewritten: RewrittenModel,
+    canonical: CanonicalModel,
+    folder: Path,
+    options: Options,
+    calibration: Callable[[], Iterable[Mapping[str, Array]]],
+    open_model: OpenModel,
+    kernels: Sequence[str],
+    report: Report,
+) -> Iterator[Built]:
+    """Every target x precision x lowering, written under `variants/`. `kernels` are the forms with a native kernel."""
+    records = record_sites(rewritten)
+    (folder / "variants").mkdir()
+    used = frozenset(s.operator for s in canonical.sites) & frozenset(kernels)
+    plans = [
+        (target, precision, native)
+        for target in options.targets
+        for precision in options.precisions
+        for native in ((frozenset(), used) if used and precision is not Precision.FP16 else (frozenset(),))
+    ]
+    for done, (target, precision, native) in enumerate(plans):
+        report.step(done, len(plans))
+        lowered = RECIPES[target].lower(
+            canonical, precision, native=native, calibration=calibration, open_model=open_model, exclude=options.exclude
+        )
+        name = f"{target}-{precision}" + ("-native" if native else "")
+        files = save_model(lowered.model, folder / "variants" / f"{name}.onnx")
+        yield _built(name, target, precision, files, lowered, canonical, records)
+
+
+def _built(
+    name: str, target: Target, precision: Precision, files: tuple[Path, ...], lowered: Lowered,
+    canonical: CanonicalModel, records: Mapping[str, SiteRecord],
+) -> Built:  # fmt: skip
+    return Built(
+        id=name,
+        target=target,
+        precision=precision,
+        files=files,
+        library=lowered.library,
+        sites=tuple((s.module, s.node) for s in canonical.sites),
+        exempt=lowered.plan.exempt + lowered.notes,
+        storage=_storage_mb(lowered.model),
+        site_cases=partial(site_cases, canonical, lowered.model, records),
+    )
+
+
+def _storage_mb(model: ir.Model) -> dict[str, float]:
+    """Megabytes of weights by stored type."""
+    count: Counter[str] = Counter()
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            count[str(value.const_value.dtype.numpy())] += value.const_value.nbytes
+    return {kind: round(size / BYTES_PER_MB, 6) for kind, size in count.most_common()}
+
+
+@contextlib.contextmanager
+def plain_model(captured: CapturedModel, opset: int) -> Iterator[Path]:
+    """What torch.onnx.export makes of the model by itself, as a file that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield save_model(plain_onnx(captured, opset=opset), Path(folder) / "plain.onnx")[0]
+
+
+def eager_system(captured: CapturedModel, feeds: Mapping[str, Array], name: str, threads: int) -> System:
+    """The original model in eager PyTorch, with as many threads as everything else."""
+    torch.set_num_threads(threads)
+    return System(name, lambda: captured.reference(feeds))
