@@ -9,9 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attn_deploy.benchmarking import benchmark
     from attn_deploy.errors import AttnDeployError
     from attn_deploy.loading import BundleSession, Prediction, load
-    from attn_deploy.pipeline import ExportOptions, ExportResult, benchmark, export_model, validate
+    from attn_deploy.pipeline import ExportOptions, ExportResult, export_model
+    from attn_deploy.validation import validate
 
 __version__ = "0.1.0"
 
@@ -34,10 +36,10 @@ _HOMES = {
     "ExportOptions": "attn_deploy.pipeline",
     "ExportResult": "attn_deploy.pipeline",
     "Prediction": "attn_deploy.loading",
-    "benchmark": "attn_deploy.pipeline",
+    "benchmark": "attn_deploy.benchmarking",
     "export_model": "attn_deploy.pipeline",
     "load": "attn_deploy.loading",
-    "validate": "attn_deploy.pipeline",
+    "validate": "attn_deploy.validation",
 }
 
 

@@ -65,9 +65,7 @@ def judge(
             _tally(tallies[name], expected, run(feeds), scores, top1, labels)
         if progress is not None:
             progress(samples)
-    return {
-        name: _judgement(tally, samples, labelled, reference_correct, scores) for name, tally in tallies.items()
-    }
+    return {name: _judgement(tally, samples, labelled, reference_correct, scores) for name, tally in tallies.items()}
 
 
 def _tally(

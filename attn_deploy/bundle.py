@@ -75,7 +75,9 @@ def writing(out: Path, *, force: bool) -> Iterator[Path]:
 def check_free(out: Path, *, force: bool) -> None:
     """Raises UsageError when `out` must not be written."""
     if out.exists() and not force:
-        raise UsageError("the output exists already", got=str(out), next_step="choose another -o, or replace it with --force")
+        raise UsageError(
+            "the output exists already", got=str(out), next_step="choose another -o, or replace it with --force"
+        )
     if out.exists() and not (out / MANIFEST).is_file():
         raise UsageError(
             "the output is not a bundle, so it is not replaced", got=str(out), expected="a bundle, or nothing there"
@@ -126,7 +128,18 @@ def write_manifest(work: Path, manifest: Manifest) -> None:
         if path.is_file() and path.name != MANIFEST
     }
     complete = msgspec.structs.replace(manifest, files=files)
-    (work / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(complete), indent=2))
+    (work / MANIFEST).write_bytes(encode(complete))
+
+
+def encode(value: Manifest | Receipt) -> bytes:
+    """JSON as it stands in a bundle."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 class Bundle:
@@ -172,7 +185,18 @@ class Bundle:
         try:
             return msgspec.json.decode(self.read(RECEIPT), type=Receipt)
         except msgspec.MsgspecError as error:
-            raise BundleError("the receipt is not understood", where=str(self.root / RECEIPT), got=str(error)) from error
+            raise BundleError(
+                "the receipt is not understood", where=str(self.root / RECEIPT), got=str(error)
+            ) from error
+
+    def rewrite(self, receipt: Receipt, chosen: dict[str, str]) -> None:
+        """Replaces receipt and choice. Each file is replaced whole, the manifest last."""
+        manifest = self.manifest
+        with storage_errors(self.root):
+            _replace(self.root / RECEIPT, encode(receipt))
+            files = {**manifest.files, RECEIPT: file_entry(self.root / RECEIPT)}
+            self.manifest = msgspec.structs.replace(manifest, files=files, chosen=chosen)
+            _replace(self.root / MANIFEST, encode(self.manifest))
 
     def _entry(self, name: str) -> FileEntry:
         entry = self.manifest.files.get(name)

@@ -18,15 +18,15 @@ FLOATS = ("float32", "float64", "float16")
 class ExampleInput:
     """One input of the model: `shape` includes the batch as its first dimension.
 
-    Floats are drawn from a normal distribution, integers from [low, high), and `mask` gives rows of ones that end in
-    zeros, as attention masks of padded text do.
+    Floats are drawn from a normal distribution, integers from [low, high), where `high` None is 2, and `mask` gives
+    rows of ones that end in zeros, as attention masks of padded text do.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str = "float32"
     low: int = 0
-    high: int = 2
+    high: int | None = None
     mask: bool = False
 
     def describe(self) -> str:
@@ -52,7 +52,7 @@ def parse_input(text: str) -> ExampleInput:
     shape = tuple(int(d) for d in match["shape"].split("x"))
     if 0 in shape:
         raise UsageError("an input has an empty dimension", got=text, expected="every dimension at least 1")
-    return ExampleInput(match["name"], shape, dtype, high=int(match["high"] or 2))
+    return ExampleInput(match["name"], shape, dtype, high=int(match["high"]) if match["high"] else None)
 
 
 def override(inputs: Sequence[ExampleInput], given: Sequence[ExampleInput]) -> tuple[ExampleInput, ...]:
@@ -62,7 +62,7 @@ def override(inputs: Sequence[ExampleInput], given: Sequence[ExampleInput]) -> t
     for new in given:
         old = known.get(new.name)
         if old is not None and old.dtype == new.dtype:
-            result[new.name] = replace(old, shape=new.shape, high=new.high if new.high != 2 else old.high)
+            result[new.name] = replace(old, shape=new.shape, high=old.high if new.high is None else new.high)
         else:
             result[new.name] = new
     return tuple(result.values())
@@ -91,7 +91,8 @@ def _draw(item: ExampleInput, shape: tuple[int, ...], rng: np.random.Generator, 
         return (rng.standard_normal(shape) * magnitude).astype(item.dtype)
     if item.dtype == "bool":
         return rng.random(shape) < 0.5
-    return rng.integers(item.low, max(item.high, item.low + 1), size=shape).astype(item.dtype)
+    high = 2 if item.high is None else item.high
+    return rng.integers(item.low, max(high, item.low + 1), size=shape).astype(item.dtype)
 
 
 def describe_inputs(inputs: Sequence[ExampleInput]) -> str:

@@ -30,10 +30,10 @@ class Prediction(msgspec.Struct, frozen=True):
 class BundleSession:
     """A model ready to run. Safe to call from many threads at once; a context manager that frees the model.
 
-        with attn_deploy.load("vit.attn", threads=2) as session:
-            scores = session(["cat.jpg", "dog.jpg"])        # images, prepared as the bundle says
-            scores = session(batch)                         # or the input itself, float32 [batch, 3, 224, 224]
-            outputs = session.run({"x": batch})             # or inputs and outputs by name
+    with attn_deploy.load("vit.attn", threads=2) as session:
+        scores = session(["cat.jpg", "dog.jpg"])        # images, prepared as the bundle says
+        scores = session(batch)                         # or the input itself, float32 [batch, 3, 224, 224]
+        outputs = session.run({"x": batch})             # or inputs and outputs by name
     """
 
     def __init__(self, session: Session, bundle: Bundle, graph: Graph, variant: str) -> None:
@@ -145,7 +145,7 @@ def load(
         raise UsageError("threads must be at least 1", got=threads)
     bundle = open_bundle(path)
     manifest = bundle.manifest
-    entry = _graph(manifest, graph)
+    entry = graph_of(manifest, graph)
     name = variant or _chosen(manifest, entry, target)
     if name not in entry.variants:
         raise UsageError("the bundle has no such variant", got=name, expected=nearest(name, entry.variants))
@@ -165,7 +165,8 @@ def load(
     return BundleSession(session, bundle, entry, name)
 
 
-def _graph(manifest: Manifest, name: str | None) -> Graph:
+def graph_of(manifest: Manifest, name: str | None) -> Graph:
+    """The named graph; without a name the only one. Raises UsageError when that is not clear."""
     if name is None and len(manifest.graphs) == 1:
         return next(iter(manifest.graphs.values()))
     if name is None or name not in manifest.graphs:
@@ -179,7 +180,9 @@ def _chosen(manifest: Manifest, graph: Graph, target: str | None) -> str:
     reasons = []
     for candidate in wanted:
         if candidate not in manifest.chosen:
-            raise UsageError("the bundle has no variant for this target", got=candidate, expected=", ".join(manifest.chosen))
+            raise UsageError(
+                "the bundle has no variant for this target", got=candidate, expected=", ".join(manifest.chosen)
+            )
         reason = runtimes.availability(candidate)
         if reason is None:
             return manifest.chosen[candidate]

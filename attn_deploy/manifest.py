@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from attn_deploy.inputs import ExampleInput
 from attn_deploy.preprocess import Preprocess
 from attn_deploy.session import DimBounds, TensorSpec
 
@@ -28,12 +29,16 @@ class Variant(msgspec.Struct, frozen=True):
 
 
 class Graph(msgspec.Struct, frozen=True):
-    """One entry point: its inputs and outputs with named dimensions, and the variants that compute it by id."""
+    """One entry point: its inputs and outputs with named dimensions, and the variants that compute it by id.
+
+    `examples` say how inputs to try it with are made: `validate` and `bench` need no source for that.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     dims: dict[str, DimBounds]
     variants: dict[str, Variant]
+    examples: tuple[ExampleInput, ...] = ()
 
 
 class Manifest(msgspec.Struct, frozen=True):

@@ -178,9 +178,7 @@ def case_row(case: str, inputs: int, output: str, fidelity: Fidelity, *, judged:
     )  # fmt: skip
 
 
-def summarize(
-    cases: Sequence[CaseParity], sites: Sequence[SiteParity], top1_agreement: float | None
-) -> Parity:
+def summarize(cases: Sequence[CaseParity], sites: Sequence[SiteParity], top1_agreement: float | None) -> Parity:
     """The worst of the judged cases stands for the candidate."""
     judged = [c for c in cases if c.judged] or list(cases)
     return Parity(

@@ -1,4 +1,4 @@
-"""source -> captured model -> sites -> canonical ONNX -> candidates -> parity -> accuracy -> latency -> choice -> bundle."""
+"""source -> captured model -> sites -> canonical ONNX -> candidates -> parity, accuracy, latency -> choice -> bundle."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from attn_deploy import bundle as bundles
 from attn_deploy import environment, proving, runtimes
 from attn_deploy.accuracy import Run, scores_output
-from attn_deploy.bundle import Bundle
 from attn_deploy.choice import Budget, choose
 from attn_deploy.data import Dataset, Split, open_data, require_labels
 from attn_deploy.errors import (
@@ -28,7 +25,7 @@ from attn_deploy.inputs import ExampleInput, make_feeds
 from attn_deploy.latency import Measurement, System
 from attn_deploy.manifest import SCHEMA_VERSION, Graph, Manifest, Variant
 from attn_deploy.parity import parity_cases
-from attn_deploy.preprocess import Preprocess, read_preprocess, validate_preprocess
+from attn_deploy.preprocess import read_preprocess, validate_preprocess
 from attn_deploy.progress import Progress, Silent
 from attn_deploy.proving import Built, Proof
 from attn_deploy.receipt import SCHEMA_VERSION as RECEIPT_VERSION
@@ -70,7 +67,7 @@ class ExportOptions:
     calibration_samples: int = CALIBRATION_SAMPLES
     eval_samples: int = EVAL_SAMPLES
     seed: int = 0
-    budget: Budget = Budget()
+    budget: Budget = field(default_factory=Budget)
     keep_best: bool = False
     max_latency_ms: float | None = None
     allow_unproven: bool = False
@@ -298,7 +295,7 @@ class _Work:
             host={k: ", ".join(v) if isinstance(v, (list, tuple)) else v for k, v in self.host.items()},
             versions=environment.versions(),
             data=self._data_entry(),
-            sites=_site_entries(rewritten, canonical),
+            sites=site_entries(rewritten, canonical),
             candidates=tuple(candidates),
             peers=self._peers(measurement, chosen, batch),
             chosen=chosen,
@@ -311,8 +308,9 @@ class _Work:
         return DataEntry(
             path=self.options.data,
             seed=self.options.seed,
-            split=f"sha256 of seed and key; asked: calibration {self.options.calibration_samples}, "
-            f"judgement {self.options.eval_samples}",
+            split="by sha256 of seed and key",
+            calibration_asked=self.options.calibration_samples,
+            judgement_asked=self.options.eval_samples,
             calibration=self.calibrated,
             judgement=self.judged,
             labelled=self.dataset.labelled,
@@ -347,7 +345,7 @@ class _Work:
             files = tuple(f.relative_to(folder).as_posix() for f in built.files)
             library = "attn_deploy_native" if built.library else None
             variants[built.id] = Variant(str(built.target), str(built.precision), files, library)
-        (folder / bundles.RECEIPT).write_bytes(msgspec.json.format(msgspec.json.encode(receipt), indent=2))
+        (folder / bundles.RECEIPT).write_bytes(bundles.encode(receipt))
         write_html(receipt, folder / bundles.REPORT)
         bundles.write_manifest(
             folder,
@@ -355,7 +353,9 @@ class _Work:
                 schema_version=SCHEMA_VERSION,
                 name=self.source.name,
                 source=self.source.description,
-                graphs={GRAPH: Graph(canonical.inputs, canonical.outputs, canonical.dims, variants)},
+                graphs={
+                    GRAPH: Graph(canonical.inputs, canonical.outputs, canonical.dims, variants, self.source.inputs)
+                },
                 preprocess=self.source.preprocess,
                 labels=self.source.labels,
                 chosen=receipt.chosen,
@@ -380,13 +380,14 @@ def _not_run(built: Built, reason: str) -> CandidateEntry:
     )  # fmt: skip
 
 
-def _site_entries(rewritten: RewrittenModel, canonical: CanonicalModel) -> tuple[SiteEntry, ...]:
+def site_entries(rewritten: RewrittenModel, canonical: CanonicalModel) -> tuple[SiteEntry, ...]:
+    """Rows of the receipt: sites in the order of the graph, then what was skipped."""
     entries = [
         SiteEntry(
             kind=str(s.kind), module=s.module, source_line=s.source_line, operator=s.operator,
             status="recognized" if s.proven else "unproven",
             reason=None if s.proven else "corrupting this site on purpose does not change the model's output",
-            flops=s.flops, bytes=s.bytes,
+            flops=s.flops, bytes=s.bytes, node=s.node,
         )
         for s in canonical.sites
     ]  # fmt: skip
@@ -412,7 +413,8 @@ def _verdict(options: ExportOptions, receipt: Receipt, proofs: Sequence[Proof]) 
         if proof.asked_fault is not None and options.precisions_asked:
             return NotAsAskedError(
                 f"{precision} was asked and is not what was built", where=proof.built.id, got=proof.asked_fault,
-                expected="90 % or more", next_step="see the exempt layers in the receipt, or leave out this --precision",
+                expected="90 % or more",
+                next_step="see the exempt layers in the receipt, or leave out this --precision",
             )  # fmt: skip
         if options.precisions_asked or precision is Precision.FP32:
             return ParityError(
@@ -431,4 +433,4 @@ def _verdict(options: ExportOptions, receipt: Receipt, proofs: Sequence[Proof]) 
     return None
 
 
-__all__ = ["Bundle", "ExportOptions", "ExportResult", "export_model"]
+__all__ = ["ExportOptions", "ExportResult", "export_model"]

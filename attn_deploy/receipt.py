@@ -19,6 +19,8 @@ class SiteEntry(msgspec.Struct, frozen=True):
     reason: str | None
     flops: int
     bytes: int
+    node: str | None = None
+    """The operator's node in canonical.onnx: the root of every name that it is lowered to."""
 
 
 class SiteRun(msgspec.Struct, frozen=True):
@@ -63,7 +65,7 @@ class CaseParity(msgspec.Struct, frozen=True):
 
 
 class Parity(msgspec.Struct, frozen=True):
-    """`max_abs`, `max_rel`, `cosine`, `sqnr_db`: the worst of the judged cases. `top1_agreement`: on the judgement data."""
+    """`max_abs`, `max_rel`, `cosine`, `sqnr_db`: the worst of the judged cases. `top1_agreement`: on the judged data."""
 
     inputs: int
     max_abs: float
@@ -124,11 +126,16 @@ class CandidateEntry(msgspec.Struct, frozen=True):
 
 
 class DataEntry(msgspec.Struct, frozen=True):
-    """Which samples calibrated and which judged; `unreadable` are the files that were passed over."""
+    """Which samples calibrated and which judged; `unreadable` are the files that were passed over.
+
+    The `asked` numbers and the seed make the same split again.
+    """
 
     path: str | None = None
     seed: int = 0
     split: str = "none"
+    calibration_asked: int = 0
+    judgement_asked: int = 0
     calibration: int = 0
     judgement: int = 0
     labelled: bool = False

@@ -49,10 +49,13 @@ class Session(Protocol):
 def as_array(name: str, value: Any) -> Array:
     """`value` as a NumPy array, without a copy for NumPy arrays and CPU tensors that speak DLPack.
 
-    Raises FeedError for a tensor on another device or one that requires grad (say how to give it).
+    Raises FeedError for a tensor on another device or one that requires grad (say how to give it), and for nested
+    lists that are no array.
     """
     if type(value) is np.ndarray:
         return value
+    if isinstance(value, np.ndarray):  # a memory map: not every NumPy gives a read-only one through DLPack
+        return np.asarray(value)
     if hasattr(value, "__dlpack__"):
         try:
             return np.from_dlpack(value)
@@ -60,10 +63,18 @@ def as_array(name: str, value: Any) -> Array:
             raise FeedError(
                 f"input {name!r} cannot be read through DLPack",
                 got=f"{type(value).__name__}: {error}",
-                expected="a tensor in CPU memory without grad",
-                next_step="pass tensor.detach().cpu()",
+                expected="a dense tensor in CPU memory, without grad, of a dtype that NumPy has",
+                next_step="pass tensor.detach().cpu(), with .float() behind it for bfloat16",
             ) from error
-    return np.asarray(value)
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise FeedError(
+            f"input {name!r} is no array",
+            got=f"{type(value).__name__}: {error}",
+            expected="a NumPy array, or a CPU tensor that speaks DLPack",
+            next_step="give every row the same length, or pad it",
+        ) from error
 
 
 class FeedChecker:
@@ -79,8 +90,17 @@ class FeedChecker:
         self._dims = dict(dims)
 
     def check(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
-        """Feeds as arrays. Raises FeedError: name, dtype, rank, size of a dimension, bound of a dynamic one."""
-        if feeds.keys() != self._names:
+        """Feeds as arrays. Raises FeedError: names, dtype, rank, size of a dimension, bound of a dynamic one."""
+        try:
+            known = feeds.keys() == self._names
+        except AttributeError:
+            raise FeedError(
+                "the feed is not a mapping of inputs by name",
+                got=type(feeds).__name__,
+                expected="; ".join(s.describe() for s in self._specs),
+                next_step=f"pass {{{self._specs[0].name!r}: array}}",
+            ) from None
+        if not known:
             self._raise_names(feeds)
         arrays: dict[str, Array] = {}
         sizes: dict[str, int] = {}
@@ -104,6 +124,7 @@ class FeedChecker:
                         f"dimension {expected!r} differs between inputs",
                         got=f"{size} in {spec.name!r}",
                         expected=f"{sizes[str(expected)]}, as in the inputs before it",
+                        next_step=f"feed every input with the same {expected}",
                     )
             arrays[spec.name] = array
         for dim, size in sizes.items():
@@ -129,6 +150,12 @@ class FeedChecker:
         )
 
     def _raise_shape(self, spec: TensorSpec, array: Array) -> None:
+        advice = "resize or pad it, or export again with --input for this shape"
+        if array.ndim == len(spec.shape) - 1 and isinstance(spec.shape[0], str):
+            advice = f"if {spec.shape[0]} is what is missing: array[None]"
         raise FeedError(
-            f"input {spec.name!r} has the wrong shape", got=list(array.shape), expected=spec.describe()
+            f"input {spec.name!r} has the wrong shape",
+            got=list(array.shape),
+            expected=spec.describe(),
+            next_step=advice,
         )

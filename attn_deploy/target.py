@@ -30,7 +30,13 @@ class Precision(StrEnum):
 def nearest(name: str, known: Iterable[str]) -> str:
     """`did you mean ...` for a misspelt name, or the known names when none is near."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+
+    def likeness(candidate: str) -> float:
+        """Of the whole names, or of the beginning alone: long names are often typed in part."""
+        whole = difflib.SequenceMatcher(None, name, candidate).ratio()
+        return max(whole, difflib.SequenceMatcher(None, name, candidate[: len(name) + 1]).ratio() - 0.01)
+
+    close = [n for n in sorted(names, key=likeness, reverse=True)[:3] if likeness(n) >= 0.5]
     if close:
         return "did you mean " + " or ".join(close) + "?"
     shown = ", ".join(names[:12])

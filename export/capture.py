@@ -35,6 +35,11 @@ class CapturedModel:
     outputs: tuple[str, ...]
     dims: dict[str, DimBounds]
     reference: Reference
+    module: nn.Module
+
+    def compiled_reference(self) -> Reference:
+        """The reference under torch.compile, as a peer to measure."""
+        return _eager(torch.compile(self.module), self.outputs)  # type: ignore[arg-type]
 
     @property
     def batch(self) -> int | None:
@@ -60,7 +65,7 @@ def capture(source: LoadedSource, dims: Mapping[str, DimBounds]) -> CapturedMode
     with torch.no_grad(), path.tracking(), _as_capture_error(path):
         program = torch.export.export(module, (), feeds, dynamic_shapes=shapes, strict=False)
     _require_dynamic_batch(program, dims)
-    return CapturedModel(normalize(program), source.inputs, outputs, dict(dims), _eager(module, outputs))
+    return CapturedModel(normalize(program), source.inputs, outputs, dict(dims), _eager(module, outputs), module)
 
 
 def batch_dim(bounds: DimBounds) -> Any:
@@ -95,7 +100,7 @@ def _from_program(source: LoadedSource, program: ExportedProgram) -> CapturedMod
         with torch.no_grad():
             return _named_outputs(call(_tensors(feeds)), outputs)
 
-    return CapturedModel(normalize(program), source.inputs, outputs, dims, reference)
+    return CapturedModel(normalize(program), source.inputs, outputs, dims, reference, module)
 
 
 def _symbols(node: torch.fx.Node) -> set[Any]:
@@ -112,26 +117,29 @@ def normalize(program: ExportedProgram) -> ExportedProgram:
     """
     program = program.run_decompositions({})
     graph = program.graph
-    identities = {aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default}
-    identities |= {aten.lift_fresh_copy.default, aten.detach_.default}
     for node in list(graph.nodes):
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
-        elif node.target in identities or (node.target is aten.dropout.default and node.args[2] is False):
-            if not _is_graph_output(program, node):
-                node.replace_all_uses_with(node.args[0])
-                graph.erase_node(node)
+        elif _is_identity(node) and not any(user.op == "output" for user in node.users):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
     return program
 
 
-def _is_graph_output(program: ExportedProgram, node: torch.fx.Node) -> bool:
-    return any(user.op == "output" for user in node.users)
+_IDENTITIES = frozenset(
+    {aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default, aten.lift_fresh_copy.default}
+)
+
+
+def _is_identity(node: torch.fx.Node) -> bool:
+    """True when the node changes no value: dropout too, outside training."""
+    return node.target in _IDENTITIES or (node.target is aten.dropout.default and node.args[2] is False)
 
 
 def output_names(example: Any) -> tuple[str, ...]:
-    """Names of the tensors in a model's result: dict keys and dataclass fields keep theirs, a lone tensor is `output`."""
+    """Names of the tensors of a result: dict keys and dataclass fields keep theirs, a lone tensor is `output`."""
     if isinstance(example, Tensor):
         return ("output",)
     names = []
@@ -152,7 +160,7 @@ def output_names(example: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _eager(module: nn.Module, outputs: tuple[str, ...]) -> Reference:
+def _eager(module: Callable[..., Any], outputs: tuple[str, ...]) -> Reference:
     def reference(feeds: Mapping[str, Array]) -> dict[str, Array]:
         with torch.no_grad():
             return _named_outputs(module(**_tensors(feeds)), outputs)

@@ -16,7 +16,9 @@ Override = Callable[[Node, tuple[Any, ...]], Any]
 
 
 class _Recorder(Interpreter):
-    def __init__(self, program: ExportedProgram, record: Collection[str], override: tuple[str, Override] | None) -> None:
+    def __init__(
+        self, program: ExportedProgram, record: Collection[str], override: tuple[str, Override] | None
+    ) -> None:
         super().__init__(program.graph_module)
         self._record = record
         self._override = override
@@ -48,7 +50,7 @@ def input_order(program: ExportedProgram) -> list[str]:
     """The names under which the user's inputs are fed, in the order of the graph's inputs."""
     spec = program.call_spec.in_spec
     assert spec is not None
-    positional, keyword = spec.children() if hasattr(spec, "children") else spec.children_specs
+    _, keyword = spec.children() if hasattr(spec, "children") else spec.children_specs
     names = [str(name) for name in (keyword.context or [])]
     user_inputs = [str(n) for n in program.graph_signature.user_inputs]
     return user_inputs[: len(user_inputs) - len(names)] + names

@@ -39,9 +39,7 @@ def record_sites(rewritten: RewrittenModel) -> dict[str, SiteRecord]:
     return records
 
 
-def site_cases(
-    canonical: CanonicalModel, lowered: ir.Model, records: Mapping[str, SiteRecord]
-) -> Iterator[SiteCase]:
+def site_cases(canonical: CanonicalModel, lowered: ir.Model, records: Mapping[str, SiteRecord]) -> Iterator[SiteCase]:
     """A small model for each site, cut out of `lowered` between the operator's inputs and its output by their names."""
     nodes = {str(n.name): n for n in canonical.model.graph}
     values = {str(o.name): o for n in lowered.graph for o in n.outputs}
@@ -91,7 +89,9 @@ def _cut(lowered: ir.Model, result: ir.Value, boundary: Mapping[str, Array]) -> 
             outputs.append(copies[output])
         operands = [None if i is None else copies[i] for i in node.inputs]
         order.append(
-            ir.Node(node.domain, node.op_type, operands, list(node.attributes.values()), outputs=outputs, name=node.name)
+            ir.Node(
+                node.domain, node.op_type, operands, list(node.attributes.values()), outputs=outputs, name=node.name
+            )
         )
     final = copies[result]
     final.type = final.type or ir.TensorType(ir.DataType.FLOAT)

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def combined_mask(query_len: int, key_len: int, bias: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor | None:
+def combined_mask(
+    query_len: int, key_len: int, bias: Tensor | None, mask: Tensor | None, causal: bool
+) -> Tensor | None:
     """Bias, mask and causality as one additive mask with -inf where no key is seen; None without any of them."""
     keep = mask
     if causal:

@@ -69,9 +69,7 @@ def open_session(
 ) -> OnnxRuntimeSession:
     """Raises UnavailableError without onnxruntime, AttnDeployError when it rejects the model."""
     session = _create(model, _options(threads, library))
-    return OnnxRuntimeSession(
-        session, inputs or _specs(session.get_inputs()), outputs or _specs(session.get_outputs())
-    )
+    return OnnxRuntimeSession(session, inputs or _specs(session.get_inputs()), outputs or _specs(session.get_outputs()))
 
 
 def read_back(model: Path, feeds: Mapping[str, Array], *, library: bool = False) -> list[RunNode]:
@@ -105,7 +103,9 @@ def _node(event: Mapping[str, Any]) -> RunNode:
 
 def _infos(entries: Sequence[Mapping[str, Sequence[int]]]) -> tuple[TensorInfo, ...]:
     return tuple(
-        TensorInfo(_PROFILE_DTYPES.get(dtype, dtype), tuple(shape)) for entry in entries for dtype, shape in entry.items()
+        TensorInfo(_PROFILE_DTYPES.get(dtype, dtype), tuple(shape))
+        for entry in entries
+        for dtype, shape in entry.items()
     )
 
 

@@ -1,4 +1,4 @@
-"""DemoNet: a small CNN for 8x8 digits with one attention of each kind that this project knows how to carry."""
+"""DemoNet: a small CNN for 8x8 digits with SE and CBAM gates, self-attention and hard attention."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Train DemoNet and write its weights, held-out data and sample pictures: `python -m attn_deploy.demo.train`.
 
 The data is scikit-learn's copy of the UCI "Optical Recognition of Handwritten Digits" test set: 1,797 digits of 8x8
-pixels, 0 to 16. Nothing is chosen by looking at the held-out fifth: the last epoch's weights are the ones written.
+pixels, 0 to 16. No epoch or seed is picked by the held-out fifth: the last epoch's weights are the ones written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ SEED = 0
 EPOCHS = 60
 BATCH = 64
 GATE_COST = 0.1
-"""Loss per open gate. Without it the spatial gate stays at 0.9 everywhere and dropping it changes nothing (38 dB)."""
+"""Loss for a gate that stands open everywhere. Without it the spatial gate stays near 0.9, and dropping it leaves the
+logits at 38 dB and the accuracy as it was; with it, at 10 dB."""
 
 PICTURE_SCALE = 8
 """A sample picture shows each digit's pixel as 8x8 pixels, so that a person can see it."""
@@ -113,11 +114,8 @@ def main() -> None:
     started = time.perf_counter()
     train_pixels, held_pixels, train_labels, held_labels = load_split()
     image, held_image = model_inputs(train_pixels), model_inputs(held_pixels)
-    how = preprocess()
-    grey = image * how.std[0] + how.mean[0]
-    print(
-        f"{len(image)} training digits (grey mean {grey.mean():.3f}, std {grey.std():.3f}), {len(held_image)} held out"
-    )
+    grey = image * preprocess().std[0] + preprocess().mean[0]
+    print(f"{len(image)} training digits, grey mean {grey.mean():.3f} std {grey.std():.3f}; {len(held_image)} held out")
     model = train(image, train_labels)
     WEIGHTS.write_bytes(save(model.state_dict()))
     np.savez_compressed(HELD_OUT, image=held_image.numpy(), labels=held_labels.numpy())

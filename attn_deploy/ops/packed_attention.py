@@ -80,9 +80,7 @@ def _plain(scores: Scores) -> Form:
 
 
 def _indexed(scores: Scores) -> Form:
-    def reference(
-        qkv: Array, index: Array, fill: Array, *bias: Array, scale: float, tokens: int
-    ) -> tuple[Array, ...]:
+    def reference(qkv: Array, index: Array, fill: Array, *bias: Array, scale: float, tokens: int) -> tuple[Array, ...]:
         batch, _, _, heads, head_dim = qkv.shape
         row = np.broadcast_to(fill.astype(np.float64), (batch, 1, *fill.shape))
         windows = np.concatenate([qkv.astype(np.float64), row], axis=1)[:, index]  # -1 is the row of fill

@@ -1,4 +1,7 @@
-"""The receipt for people: tables on a terminal, a page in a browser."""
+"""The receipt for people: tables on a terminal (`terminal`), a page in a browser (`html`).
+
+Nothing is imported here but the receipt: rich belongs to the command line, jinja2 to the extra `report`.
+"""
 
 from __future__ import annotations
 
@@ -7,5 +10,13 @@ from pathlib import Path
 from attn_deploy.receipt import Receipt
 
 
-def write_html(receipt: Receipt, path: Path) -> None:
-    path.write_text("<html></html>")
+def write_html(receipt: Receipt, path: Path) -> bool:
+    """Writes the page to `path`. False, and nothing written, where jinja2 is not installed (`attn-deploy[report]`)."""
+    try:
+        from attn_deploy.report.html import render_html
+    except ModuleNotFoundError as missing:
+        if missing.name != "jinja2":
+            raise
+        return False
+    path.write_text(render_html(receipt), encoding="utf-8")
+    return True

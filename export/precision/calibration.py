@@ -63,9 +63,7 @@ def _with_extrema(model: ir.Model, names: Sequence[str]) -> ir.Model:
         )
         copy.graph.register_initializer(axes)
         for kind in ("minimum", "maximum"):
-            output = ir.Value(
-                name=f"{name}/{kind}", shape=ir.Shape([None]), type=ir.TensorType(ir.DataType.FLOAT)
-            )
+            output = ir.Value(name=f"{name}/{kind}", shape=ir.Shape([None]), type=ir.TensorType(ir.DataType.FLOAT))
             operator = "ReduceMin" if kind == "minimum" else "ReduceMax"
             keep = ir.Attr("keepdims", ir.AttributeType.INT, 0)
             copy.graph.append(ir.Node("", operator, [value, axes], [keep], outputs=[output], name=f"{name}/{kind}"))

@@ -27,9 +27,7 @@ def store_fp16(model: ir.Model) -> tuple[str, ...]:
         if float(np.abs(array).max()) > LARGEST:
             kept.append(name)
             continue
-        half = ir.Value(
-            name=f"{name}/fp16", const_value=ir.tensor(array.astype(np.float16), name=f"{name}/fp16")
-        )
+        half = ir.Value(name=f"{name}/fp16", const_value=ir.tensor(array.astype(np.float16), name=f"{name}/fp16"))
         model.graph.register_initializer(half)
         insert = Inserter(model, next(iter(model.graph)), name)
         restored = insert.op("Cast", [half], dtype=ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))

@@ -128,6 +128,13 @@ def _reads_input(node: ir.Node, model: ir.Model) -> bool:
 _POOLS = ("GlobalAveragePool", "GlobalMaxPool", "ChannelPoolMean", "ChannelPoolMax", "ChannelPoolMeanMax")
 
 
+_GATE_LAYERS = frozenset(
+    {"Conv", "Gemm", "MatMul", "Add", "Relu", "Sigmoid", "HardSigmoid", "Mul", "Div", "Reshape", "Squeeze",
+     "Unsqueeze", "Concat", "Clip", "HardSwish", "Swish"}
+)  # fmt: skip
+"""What may stand between a channel pool and its gate."""
+
+
 def _inside_gate(node: ir.Node) -> bool:
     """True when the layer's input comes from a channel pool through other layers of one pixel."""
     value = node.inputs[0]
@@ -137,8 +144,7 @@ def _inside_gate(node: ir.Node) -> bool:
             return False
         if producer.op_type in _POOLS:
             return node.op_type == "Conv" or producer.domain != ""
-        if producer.op_type not in ("Conv", "Gemm", "MatMul", "Add", "Relu", "Sigmoid", "HardSigmoid", "Mul", "Div",
-                                    "Reshape", "Squeeze", "Unsqueeze", "Concat", "Clip", "HardSwish", "Swish"):  # fmt: skip
+        if producer.op_type not in _GATE_LAYERS:
             return False
         shape = producer.outputs[0].shape
         if shape is not None and len(shape) == 4 and any(d != 1 for d in shape[2:]):

@@ -246,5 +246,3 @@ def _fold_operand_scales(match: AttentionMatch) -> AttentionMatch:
             node = node.args[0]
         operands[name] = node
     return replace(match, scale=scale, query=operands["query"], key=operands["key"])
-
-

@@ -17,6 +17,9 @@ from attn_deploy.export.initializer import initialize
 from attn_deploy.inputs import ExampleInput, make_feeds, override
 from attn_deploy.preprocess import Preprocess
 
+PACKAGE_DEFAULTS = "init:package"
+"""Weights as the package makes them: enough where only time is measured, worthless for parity."""
+
 
 @dataclass(frozen=True)
 class LoadedSource:
@@ -95,9 +98,11 @@ def accepted_inputs(
 def load_weights(module: nn.Module, inputs: Sequence[ExampleInput], weights: str | None, name: str) -> str:
     """Puts weights into `module` in place and says which. Without a file: the project's own initializer.
 
-    `weights` is a safetensors file, a torch file (read with weights_only), or `init:SEED`.
+    `weights` is a safetensors file, a torch file (read with weights_only), `init:SEED`, or PACKAGE_DEFAULTS.
     """
     module.eval()
+    if weights == PACKAGE_DEFAULTS:
+        return "the package's default initialization"
     if weights is None or weights.startswith("init"):
         seed = _seed(weights)
         feeds = {k: torch.from_numpy(v) for k, v in make_feeds(inputs, batch=2, seed=seed).items()}
@@ -113,7 +118,9 @@ def load_weights(module: nn.Module, inputs: Sequence[ExampleInput], weights: str
 def _seed(weights: str | None) -> int:
     text = (weights or "init:0").partition(":")[2] or "0"
     if not text.isdigit():
-        raise UsageError("the initializer's seed is not a number", got=weights, expected="init:SEED, for example init:0")
+        raise UsageError(
+            "the initializer's seed is not a number", got=weights, expected="init:SEED, for example init:0"
+        )
     return int(text)
 
 

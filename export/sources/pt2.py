@@ -18,7 +18,11 @@ def load(request: SourceRequest) -> LoadedSource:
     path = Path(request.name)
     if not path.is_file():
         raise UsageError("the .pt2 file does not exist", got=request.name, expected="a file saved by torch.export.save")
-    for given, flag in ((request.weights, "--weights"), (request.arguments, "--source-arg"), (request.inputs, "--input")):
+    for given, flag in (
+        (request.weights, "--weights"),
+        (request.arguments, "--source-arg"),
+        (request.inputs, "--input"),
+    ):
         if given:
             raise UsageError(
                 f"{flag} does not apply to a .pt2 file",

@@ -22,9 +22,7 @@ def load(request: SourceRequest) -> LoadedSource:
 
     arguments = dict(request.arguments or {})
     if request.name not in timm.list_models() and not timm.is_model(request.name.split(".")[0]):
-        raise UsageError(
-            "timm has no such model", got=request.name, expected=nearest(request.name, timm.list_models())
-        )
+        raise UsageError("timm has no such model", got=request.name, expected=nearest(request.name, timm.list_models()))
     pretrained = bool(arguments.pop("pretrained", False))
     try:
         module = timm.create_model(request.name, pretrained=pretrained, **arguments).eval()

@@ -1,0 +1,390 @@
+"""The command line: arguments, printing, exit codes; nothing else."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shlex
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+
+from attn_deploy.choice import Budget
+from attn_deploy.cli_progress import progress_on
+from attn_deploy.errors import AttnDeployError, UsageError
+from attn_deploy.inputs import parse_input
+from attn_deploy.session import DimBounds
+from attn_deploy.target import Precision, Target, parse_precision, parse_target
+
+app = typer.Typer(
+    name="attn-deploy",
+    help="Take a PyTorch model with attention in it; hand back the fastest artifact that is still the same model, "
+    "with the proof beside it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else there.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of every session and peer [default: all cores].")]
+Weights = Annotated[
+    str | None, typer.Option(help="safetensors or torch file (weights_only), or init:SEED for the test initializer.")
+]
+SourceArgs = Annotated[list[str] | None, typer.Option("--source-arg", help="Argument of the model's factory, k=v.")]
+Inputs = Annotated[
+    list[str] | None, typer.Option("--input", help="NAME=1x3x224x224[:DTYPE[:BELOW]], when the source does not say.")
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", help="Folder of images (class subfolders or flat), .npz, or package.module:function."),
+]
+MinAgreement = Annotated[
+    float | None, typer.Option(min=0.0, max=1.0, help="Least share of inputs whose top-1 equals FP32's.")
+]
+MaxDrop = Annotated[float | None, typer.Option(min=0.0, help="Most points of accuracy to lose; needs labelled data.")]
+MinSqnr = Annotated[float | None, typer.Option(help="Least SQNR of the outputs in dB.")]
+
+
+@app.command()
+def export(
+    source: Annotated[
+        str, typer.Argument(help="timm:NAME, torchvision:NAME, hf:PATH_OR_ID, package.module:factory or file.pt2.")
+    ] = "demo",
+    out: Annotated[Path, typer.Option("-o", "--out", help="The bundle to write.")] = Path("model.attn"),
+    weights: Weights = None,
+    source_arg: SourceArgs = None,
+    input_: Inputs = None,
+    dynamic: Annotated[str, typer.Option(help="batch, batch=MIN:MAX, or none.")] = "batch",
+    target: Annotated[list[str] | None, typer.Option(help="Where it shall run [default: what this host has].")] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="fp32, fp16 (storage only on a CPU) or int8 [default: fp32 and int8].")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Module whose layers stay FP32.")] = None,
+    data: DataOption = None,
+    preprocess: Annotated[str | None, typer.Option(help="JSON file that says how images are prepared.")] = None,
+    calibration_samples: Annotated[int, typer.Option(min=1)] = 64,
+    eval_samples: Annotated[int, typer.Option(min=1)] = 200,
+    seed: Annotated[int, typer.Option(help="Of the split of the data.")] = 0,
+    min_agreement: MinAgreement = None,
+    max_drop: MaxDrop = None,
+    min_sqnr: MinSqnr = None,
+    keep_best: Annotated[bool, typer.Option("--keep-best", help="Write the bundle though a budget is missed.")] = False,
+    max_latency_ms: Annotated[float | None, typer.Option(min=0.0)] = None,
+    allow_unproven: Annotated[
+        bool, typer.Option("--allow-unproven", help="Write targets that cannot run here, as not run.")
+    ] = False,
+    opset: Annotated[int, typer.Option(min=20, max=25)] = 20,
+    threads: Threads = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle, in one step.")] = False,
+    json: Json = False,
+) -> None:
+    """Export a model to a proven bundle."""
+    from attn_deploy.pipeline import ExportOptions, export_model
+
+    options = ExportOptions(
+        source=source,
+        weights=weights,
+        source_args=_source_args(source_arg),
+        inputs=tuple(parse_input(text) for text in input_ or ()),
+        dims=_dims(dynamic),
+        targets=tuple(parse_target(t) for t in _split(target)) or (Target.ONNXRUNTIME_CPU,),
+        precisions=tuple(parse_precision(p) for p in _split(precision)) or (Precision.FP32, Precision.INT8),
+        precisions_asked=bool(precision),
+        exclude=tuple(exclude or ()),
+        data=data,
+        preprocess=preprocess,
+        calibration_samples=calibration_samples,
+        eval_samples=eval_samples,
+        seed=seed,
+        budget=Budget(min_agreement, max_drop, min_sqnr),
+        keep_best=keep_best,
+        max_latency_ms=max_latency_ms,
+        allow_unproven=allow_unproven,
+        opset=opset,
+        threads=threads,
+        force=force,
+        command=shlex.join(["attn-deploy", *sys.argv[1:]]),
+    )
+    with progress_on(_err()) as progress:
+        try:
+            result = export_model(out, options, progress)
+        except AttnDeployError as error:
+            receipt = getattr(error, "receipt", None)
+            if receipt is not None and not json:
+                progress.stop()
+                _print_receipt(receipt, Console(stderr=True))
+            raise
+    if json:
+        _print_json({"bundle": str(result.path), "receipt": result.receipt})
+        return
+    console = Console()
+    _print_receipt(result.receipt, console)
+    console.print(f"\nWrote [bold]{result.path}[/bold]. Next: attn-deploy run {result.path} IMAGE", highlight=False)
+
+
+@app.command()
+def inspect(
+    item: Annotated[str, typer.Argument(metavar="SOURCE|BUNDLE")],
+    weights: Weights = None,
+    source_arg: SourceArgs = None,
+    input_: Inputs = None,
+    all_sites: Annotated[bool, typer.Option("--all-sites", help="A row for every site.")] = False,
+    json: Json = False,
+) -> None:
+    """Show the attention of a source or bundle, and what runs each of it."""
+    from attn_deploy.inspection import inspect as inspect_item
+
+    with progress_on(_err()) as progress:
+        progress.stage("inspecting")
+        found = inspect_item(
+            item, weights=weights, arguments=_source_args(source_arg), inputs=[parse_input(t) for t in input_ or ()]
+        )
+    if json:
+        _print_json(found)
+        return
+    from attn_deploy.report.listings import inspection_tables
+
+    Console().print(inspection_tables(found, all_sites=all_sites))
+
+
+@app.command()
+def validate(
+    bundle: Annotated[Path, typer.Argument()],
+    reference: Annotated[
+        str | None, typer.Option(help="A source or another bundle [default: the bundle's portable FP32 model].")
+    ] = None,
+    weights: Weights = None,
+    data: DataOption = None,
+    eval_samples: Annotated[int, typer.Option(min=1)] = 200,
+    min_agreement: MinAgreement = None,
+    max_drop: MaxDrop = None,
+    min_sqnr: MinSqnr = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Check every file of a bundle, and that it is still the same model on this host."""
+    from attn_deploy.validation import require_passed
+    from attn_deploy.validation import validate as validate_bundle
+
+    with progress_on(_err()) as progress:
+        validation = validate_bundle(
+            bundle, reference=reference, weights=weights, data=data, eval_samples=eval_samples, threads=threads,
+            budget=Budget(min_agreement, max_drop, min_sqnr), progress=progress,
+        )  # fmt: skip
+    if json and validation.passed:
+        _print_json(validation)
+    elif not json:
+        from attn_deploy.report.listings import validation_tables
+
+        Console().print(validation_tables(validation))
+    require_passed(validation)
+
+
+@app.command()
+def bench(
+    items: Annotated[list[str], typer.Argument(metavar="BUNDLE|SOURCE...")],
+    against: Annotated[str, typer.Option(help="Of eager,compile,onnxruntime,openvino; none.")] = "eager,onnxruntime",
+    batch: Annotated[str, typer.Option(help="Batch sizes, for example 1,8.")] = "1",
+    input_: Inputs = None,
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Time budget for each batch size.")] = 30.0,
+    csv: Annotated[Path | None, typer.Option(help="Write the rows as CSV.")] = None,
+    json: Json = False,
+) -> None:
+    """Time bundles and sources against their peers, interleaved."""
+    from attn_deploy.benchmarking import benchmark
+    from attn_deploy.report.listings import benchmark_csv, benchmark_tables
+
+    with progress_on(_err()) as progress:
+        result = benchmark(
+            items, against=[] if against == "none" else _split([against]), batches=_numbers(batch), threads=threads,
+            seconds=seconds, inputs=[parse_input(t) for t in input_ or ()], progress=progress,
+        )  # fmt: skip
+    if csv is not None:
+        csv.write_text(benchmark_csv(result))
+    if json:
+        _print_json(result)
+        return
+    Console().print(benchmark_tables(result))
+
+
+@app.command()
+def run(
+    bundle: Annotated[Path, typer.Argument()],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Images, .npy or .npz.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the outputs to an .npz.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 5,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Run a bundle on images or arrays."""
+    from attn_deploy.cli_run import run_inputs
+
+    results = run_inputs(bundle, inputs, out=out, top=top, threads=threads)
+    if json:
+        _print_json(results)
+        return
+    from attn_deploy.report.listings import run_tables
+
+    Console().print(run_tables(results))
+
+
+@app.command()
+def report(
+    bundle: Annotated[Path, typer.Argument()],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The HTML page to write.")],
+) -> None:
+    """Write a bundle's receipt as one HTML page."""
+    from attn_deploy.bundle import open_bundle, storage_errors
+    from attn_deploy.errors import UnavailableError
+    from attn_deploy.report import write_html
+
+    with storage_errors(out):
+        written = write_html(open_bundle(bundle).receipt(), out)
+    if not written:
+        raise UnavailableError("jinja2 is not installed", next_step="pip install '.[report]'")
+    Console().print(f"Wrote {out}")
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Show what this host can run, and the command that adds the rest."""
+    from attn_deploy.doctor import diagnose
+
+    diagnosis = diagnose()
+    if json:
+        _print_json(diagnosis)
+    else:
+        from attn_deploy.report.listings import doctor_tables
+
+        Console().print(doctor_tables(diagnosis))
+    if not diagnosis.healthy:
+        raise typer.Exit(6)
+
+
+def _split(values: list[str] | None) -> list[str]:
+    """Options may be repeated, or hold several values with commas."""
+    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    parts = _split([text])
+    if not parts or not all(p.isdigit() and int(p) > 0 for p in parts):
+        raise UsageError("batch sizes are not understood", got=text, expected="positive numbers, for example 1,8")
+    return [int(p) for p in parts]
+
+
+def _source_args(values: list[str] | None) -> dict[str, Any]:
+    """`k=v` pairs; v is a Python literal where it is one, else text."""
+    arguments: dict[str, Any] = {}
+    for text in values or ():
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise UsageError("a source argument is not understood", got=text, expected="NAME=VALUE")
+        try:
+            arguments[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[key] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
+    return arguments
+
+
+def _dims(text: str) -> dict[str, DimBounds]:
+    name, _, bounds = text.partition("=")
+    if text == "none":
+        return {}
+    low, _, high = bounds.partition(":")
+    try:
+        found = DimBounds(int(low or 1), int(high) if high else None)
+    except ValueError:
+        found = DimBounds(0)
+    if name != "batch" or found.min < 1 or (found.max is not None and found.max < max(2, found.min)):
+        raise UsageError(
+            "the dynamic dimension is not understood", got=text,
+            expected="batch, batch=MIN:MAX with 1 <= MIN <= MAX and MAX of at least 2, or none",
+        )  # fmt: skip
+    return {"batch": found}
+
+
+def _err() -> Console:
+    return Console(stderr=True)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
+
+
+def _print_receipt(receipt: Any, console: Console) -> None:
+    from attn_deploy.report.terminal import receipt_tables
+
+    console.print(receipt_tables(receipt))
+
+
+def _show_error(error: AttnDeployError, as_json: bool) -> None:
+    if as_json:
+        receipt = getattr(error, "receipt", None)
+        details = {"what": error.what, **dict(error.details()), "exit_code": error.exit_code}
+        _print_json({"error": details} if receipt is None else {"error": details, "receipt": receipt})
+        return
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print("error:", error.what, style="bold red", markup=False)
+    for label, text in error.details():
+        console.print(f"  {label}:".ljust(12) + text, markup=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code; the console script exits with it."""
+    given = sys.argv[1:] if arguments is None else arguments
+    normalized = [_dashes(a) for a in given]
+    as_json = "--json" in normalized
+    try:
+        result = app(normalized, standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+        sys.stdout.flush()
+        return code
+    except AttnDeployError as error:
+        _show_error(error, as_json)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return _unexpected(error, as_json)
+
+
+def _dashes(argument: str) -> str:
+    """Dashes and underscores in flags are the same."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def _unexpected(error: Exception, as_json: bool) -> int:
+    """typer's own errors carry an exit code and show themselves; anything else is a fault of ours."""
+    code = getattr(error, "exit_code", None)
+    if isinstance(code, int):
+        message = getattr(error, "format_message", None)
+        if as_json and message is not None:
+            _print_json({"error": {"what": message(), "exit_code": code}})
+        elif hasattr(error, "show"):
+            error.show()
+        return code
+    fault = AttnDeployError(
+        "internal error, a fault of attn-deploy", got=f"{type(error).__name__}: {error}",
+        next_step="report it with the lines above, or those shown with ATTN_DEPLOY_DEBUG=1",
+    )  # fmt: skip
+    if os.environ.get("ATTN_DEPLOY_DEBUG"):
+        traceback.print_exception(error)
+    _show_error(fault, as_json)
+    return fault.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

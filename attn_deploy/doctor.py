@@ -1,0 +1,84 @@
+"""doctor: what this host can run, and the one command that adds the rest."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import msgspec
+
+from attn_deploy import environment, runtimes
+from attn_deploy.runtimes import native
+from attn_deploy.target import Target
+
+
+class Check(msgspec.Struct, frozen=True):
+    """`ok` None means optional and absent."""
+
+    name: str
+    ok: bool | None
+    found: str
+    next_step: str | None = None
+
+
+class Diagnosis(msgspec.Struct, frozen=True):
+    host: dict[str, str | int | float | None]
+    versions: dict[str, str]
+    checks: tuple[Check, ...]
+
+    @property
+    def healthy(self) -> bool:
+        return all(c.ok is not False for c in self.checks)
+
+
+_OPTIONAL = (
+    ("export", ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "timm"), "export models", "export"),
+    ("torchvision sources", ("torchvision",), "export torchvision:NAME", None),
+    ("transformers sources", ("transformers",), "export hf:NAME", None),
+    ("HTML report", ("jinja2",), "write report.html", "report"),
+    ("OpenVINO", ("openvino",), "measure against OpenVINO", "openvino"),
+)
+
+
+def diagnose() -> Diagnosis:
+    """Looks at the host; installs and changes nothing."""
+    facts = environment.host()
+    checks = [_target(target) for target in Target]
+    checks.append(_native())
+    conflict = environment.runtime_conflict()
+    if conflict is not None:
+        checks.append(Check("one flavour of onnxruntime", False, conflict))
+    for name, packages, purpose, extra in _OPTIONAL:
+        missing = [p for p in packages if importlib.util.find_spec(p) is None]
+        command = f"pip install '.[{extra}]'" if extra else f"pip install {' '.join(missing)}"
+        found = f"can {purpose}" if not missing else f"cannot {purpose}: {', '.join(missing)} not installed"
+        checks.append(Check(name, True if not missing else None, found, command if missing else None))
+    checks.append(_int8())
+    return Diagnosis(
+        host={k: ", ".join(v) if isinstance(v, (list, tuple)) else v for k, v in facts.items()},
+        versions=environment.versions(),
+        checks=tuple(checks),
+    )
+
+
+def _target(target: Target) -> Check:
+    reason = runtimes.availability(target)
+    if reason is None:
+        return Check(f"target {target}", True, "can run and prove bundles")
+    return Check(f"target {target}", False, reason, "pip install '.[cpu]'")
+
+
+def _native() -> Check:
+    status = native.status()
+    if status.available:
+        found = f"{len(status.operators)} operators, version {status.version}, {status.path}"
+        return Check("native kernels", True, found)
+    reason, _, command = (status.reason or "not there").partition("; next: ")
+    return Check("native kernels", None, f"{reason}: function bodies run instead", command or None)
+
+
+def _int8() -> Check:
+    sets = environment.instruction_sets()
+    fast = [s for s in sets if "vnni" in s or "amx" in s or "dotprod" in s]
+    if fast:
+        return Check("INT8 on this CPU", True, f"dot products in hardware: {', '.join(fast)}")
+    return Check("INT8 on this CPU", None, "no integer dot product: INT8 may be slower than FP32, and saturate")

@@ -1,0 +1,113 @@
+"""inspect(): the attention of a source or bundle, and what runs each of it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from attn_deploy import bundle as bundles
+from attn_deploy import loading, runtimes
+from attn_deploy.bundle import open_bundle
+from attn_deploy.inputs import ExampleInput, make_feeds
+from attn_deploy.pipeline import site_entries
+from attn_deploy.readback import dtype_shares, site_runs
+from attn_deploy.receipt import SiteEntry, SiteRun
+from attn_deploy.session import DimBounds, TensorSpec
+from attn_deploy.target import Target
+
+
+class VariantInspection(msgspec.Struct, frozen=True):
+    """What one variant runs here, read back from an opened session; `unavailable` says why it could not be opened."""
+
+    id: str
+    target: str
+    precision: str
+    size_mb: float
+    chosen: bool
+    unavailable: str | None
+    providers: dict[str, int]
+    """Execution provider -> nodes that run on it."""
+    operators: dict[str, int]
+    dtype_share: dict[str, float]
+    weighted_dtype_share: dict[str, float]
+    sites: tuple[SiteRun, ...]
+
+
+class Inspection(msgspec.Struct, frozen=True):
+    source: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    sites: tuple[SiteEntry, ...]
+    variants: tuple[VariantInspection, ...]
+
+
+def inspect(
+    item: str | os.PathLike[str], *, weights: str | None = None, arguments: dict[str, object] | None = None,
+    inputs: Sequence[ExampleInput] = (),
+) -> Inspection:  # fmt: skip
+    """Looks into a bundle (and opens its variants), or captures a source and recognizes its attention."""
+    if (Path(item) / bundles.MANIFEST).is_file() or str(item).endswith(".attn"):
+        return _inspect_bundle(Path(item))
+    return _inspect_source(str(item), weights, arguments or {}, inputs)
+
+
+def _inspect_bundle(path: Path) -> Inspection:
+    bundle = open_bundle(path)
+    graph = loading.graph_of(bundle.manifest, None)
+    receipt = bundle.receipt()
+    roots = [(s.module, s.node) for s in receipt.sites if s.node is not None]
+    batch = graph.dims["batch"].min if "batch" in graph.dims else None
+    feeds = make_feeds(graph.examples, batch=batch, seed=31)
+    chosen = set(bundle.manifest.chosen.values())
+    variants = []
+    for name, variant in graph.variants.items():
+        target = Target(variant.target)
+        reason = runtimes.availability(target)
+        files = [bundle.check(f) for f in variant.files]
+        nodes = []
+        if reason is None:
+            nodes = runtimes.read_back(target, files[0], feeds, library=variant.library is not None)
+        everything, weighted = dtype_shares(nodes, [root for _, root in roots])
+        variants.append(
+            VariantInspection(
+                id=name,
+                target=variant.target,
+                precision=variant.precision,
+                size_mb=round(sum(f.stat().st_size for f in files) / 1e6, 3),
+                chosen=name in chosen,
+                unavailable=reason,
+                providers=_count(n.provider for n in nodes),
+                operators=_count(n.op_type for n in nodes),
+                dtype_share=everything,
+                weighted_dtype_share=weighted,
+                sites=site_runs(roots, nodes) if reason is None else (),
+            )
+        )
+    return Inspection(bundle.manifest.source, graph.inputs, graph.outputs, receipt.sites, tuple(variants))
+
+
+def _count(names: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(names).most_common())
+
+
+def _inspect_source(
+    text: str, weights: str | None, arguments: dict[str, object], inputs: Sequence[ExampleInput]
+) -> Inspection:
+    from attn_deploy.export.capture import capture
+    from attn_deploy.export.recognize import recognize
+    from attn_deploy.export.rewrite import rewrite
+    from attn_deploy.export.sources import SourceRequest, load_source
+    from attn_deploy.export.to_onnx import to_onnx
+
+    source = load_source(text, SourceRequest("", weights, arguments, inputs))
+    captured = capture(source, {"batch": DimBounds()})
+    rewritten = rewrite(captured, recognize(captured))
+    canonical = to_onnx(rewritten)
+    return Inspection(
+        f"{source.description} ({source.weights})", canonical.inputs, canonical.outputs,
+        site_entries(rewritten, canonical), (),
+    )  # fmt: skip

@@ -1,0 +1,145 @@
+"""Terminal listings of everything but the receipt: inspect, validate, bench, run and doctor."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from attn_deploy.benchmarking import Benchmark
+from attn_deploy.cli_run import RunResult
+from attn_deploy.doctor import Diagnosis
+from attn_deploy.inspection import Inspection
+from attn_deploy.report.terminal import sites_table
+from attn_deploy.session import TensorSpec
+from attn_deploy.validation import Validation
+
+MARKS = {True: ("ok", "green"), False: ("missing", "red"), None: ("absent", "yellow")}
+
+
+def inspection_tables(found: Inspection, *, all_sites: bool = False) -> RenderableType:
+    """Inputs, outputs, sites, and for a bundle what each variant runs here."""
+    chosen = next((v for v in found.variants if v.chosen), None)
+    parts: list[RenderableType] = [
+        Text(found.source, style="bold"),
+        Text("inputs:  " + _specs(found.inputs)),
+        Text("outputs: " + _specs(found.outputs)),
+        sites_table(found.sites, chosen.sites if chosen is not None else (), all_sites=all_sites),
+    ]
+    if found.variants:
+        table = _table("variant", "precision", "MB", "INT8 share", "providers (nodes)")
+        for variant in found.variants:
+            name = variant.id + (" (chosen)" if variant.chosen else "")
+            providers = variant.unavailable or _counts(variant.providers)
+            share = variant.weighted_dtype_share.get("int8", 0.0)
+            table.add_row(name, variant.precision, f"{variant.size_mb:.1f}", f"{share:.1%}", providers)
+        parts.append(table)
+        parts += [Text(f"{v.id}: {_counts(v.operators)}", style="dim") for v in found.variants if v.operators]
+    return Group(*parts)
+
+
+def validation_tables(validation: Validation) -> RenderableType:
+    """Variants against the reference."""
+    table = _table("variant", "status", "SQNR dB", "agreement", "p50 ms")
+    for row in validation.candidates:
+        colour = "green" if row.status == "passed" else "red"
+        agreement = row.parity.top1_agreement if row.parity is not None else None
+        table.add_row(
+            row.id,
+            Text(row.status, style=colour),
+            f"{row.parity.sqnr_db:.1f}" if row.parity is not None else "",
+            f"{agreement:.2%}" if agreement is not None else "",
+            f"{row.latency.p50_ms:.2f}" if row.latency is not None else "",
+        )
+    notes = [Text(f"{name}: not run here: {reason}", style="yellow") for name, reason in validation.skipped.items()]
+    notes += [Text(f"{name}: was not run before, and has now passed", style="green") for name in validation.promoted]
+    return Group(
+        Text(f"{validation.bundle}: {validation.files} files are as they were written; against {validation.reference}"),
+        table,
+        *notes,
+    )
+
+
+def benchmark_tables(result: Benchmark) -> RenderableType:
+    """Latency and ratio of every system, batch by batch."""
+    table = _table("item", "system", "batch", "threads", "p50 ms", "p90 ms", "compared")
+    for row in result.rows:
+        compared = ""
+        if row.ratio is not None and row.ratio_ci95 is not None:
+            low, high = row.ratio_ci95
+            compared = f"{row.ratio:.2f}x the time [{low:.2f}, {high:.2f}]"
+        latency = row.latency
+        table.add_row(
+            row.item, row.system, str(latency.batch), str(latency.threads), f"{latency.p50_ms:.2f}",
+            f"{latency.p90_ms:.2f}", compared,
+        )  # fmt: skip
+    note = "Each system is compared with the first of its item; more than 1x: the item is faster."
+    warnings = [Text(f"warning: {w}", style="yellow") for w in result.warnings]
+    return Group(*warnings, table, Text(note, style="dim"))
+
+
+def benchmark_csv(result: Benchmark) -> str:
+    """The rows as CSV, with a header."""
+    stream = io.StringIO()
+    names = ("item", "system", "batch", "threads", "runs", "p50_ms", "p90_ms", "p99_ms", "mean_ms", "against", "ratio",
+             "ratio_low", "ratio_high", "verdict")  # fmt: skip
+    writer = csv.writer(stream)
+    writer.writerow(names)
+    for row in result.rows:
+        low, high = row.ratio_ci95 or ("", "")
+        latency = row.latency
+        writer.writerow(
+            [row.item, row.system, latency.batch, latency.threads, latency.runs, latency.p50_ms, latency.p90_ms,
+             latency.p99_ms, latency.mean_ms, row.against or "", row.ratio or "", low, high, row.verdict or ""]
+        )  # fmt: skip
+    return stream.getvalue()
+
+
+def run_tables(results: Sequence[RunResult]) -> RenderableType:
+    """For each input its classes, or its outputs in short."""
+    parts: list[RenderableType] = []
+    for result in results:
+        parts.append(Text(result.input, style="bold"))
+        if result.predictions:
+            table = _table("class", "label", "score")
+            for prediction in result.predictions:
+                table.add_row(str(prediction.index), prediction.label, f"{prediction.score:.1%}")
+            parts.append(table)
+            continue
+        for output in result.outputs:
+            values = ", ".join(f"{v:.4g}" for v in output.values)
+            parts.append(Text(f"  {output.name}: {output.dtype}{list(output.shape)} [{values}, ...]"))
+    return Group(*parts)
+
+
+def doctor_tables(diagnosis: Diagnosis) -> RenderableType:
+    """Checks with what to do about each, then host and versions."""
+    table = _table("check", "", "found")
+    for check in diagnosis.checks:
+        word, colour = MARKS[check.ok]
+        found = Text(check.found)
+        if check.next_step:
+            found.append(f"\nnext: {check.next_step}", style="bold")
+        table.add_row(check.name, Text(word, style=colour), found)
+    host = ", ".join(f"{k} {v}" for k, v in diagnosis.host.items() if v is not None)
+    versions = ", ".join(f"{k} {v}" for k, v in diagnosis.versions.items())
+    return Group(table, Text(f"host: {host}", style="dim"), Text(f"versions: {versions}", style="dim"))
+
+
+def _table(*columns: str) -> Table:
+    table = Table(show_edge=False, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, overflow="fold", justify="left" if number < 2 else "default")
+    return table
+
+
+def _specs(specs: Iterable[TensorSpec]) -> str:
+    return "; ".join(spec.describe() for spec in specs)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())

@@ -1,0 +1,176 @@
+"""validate(): is a bundle whole, and is what it runs here still the model that it was made from?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from attn_deploy import bundle as bundles
+from attn_deploy import environment, loading, proving, runtimes
+from attn_deploy.accuracy import Run, scores_output
+from attn_deploy.bundle import Bundle, open_bundle
+from attn_deploy.choice import Budget, choose
+from attn_deploy.data import open_data
+from attn_deploy.errors import BundleError, ParityError, UsageError
+from attn_deploy.inputs import make_feeds
+from attn_deploy.manifest import Graph
+from attn_deploy.parity import parity_cases
+from attn_deploy.progress import Progress, Silent
+from attn_deploy.proving import Built, Proof
+from attn_deploy.receipt import CandidateEntry, Receipt
+from attn_deploy.session import Array
+from attn_deploy.target import Precision, Target
+
+EVAL_SAMPLES = 200
+DATA_BATCH = 8
+LATENCY_BUDGET_S = 10.0
+
+
+class Validation(msgspec.Struct, frozen=True):
+    """What was checked. `candidates` are rows as in the receipt, measured here."""
+
+    bundle: str
+    reference: str
+    files: int
+    candidates: tuple[CandidateEntry, ...]
+    skipped: dict[str, str]
+    """Variants that this host cannot run, with the reason."""
+    promoted: tuple[str, ...]
+    """Variants that were `not_run` and have now passed on this host: the bundle says so from here on."""
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.candidates) and all(c.status == "passed" for c in self.candidates)
+
+
+def validate(
+    path: str | os.PathLike[str],
+    *,
+    reference: str | None = None,
+    weights: str | None = None,
+    data: str | None = None,
+    budget: Budget | None = None,
+    eval_samples: int = EVAL_SAMPLES,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Validation:
+    """Checks every file of the bundle, then each variant against `reference`: a source, another bundle, or by default
+    the bundle's own portable FP32 model. Raises BundleError for a damaged bundle; a candidate that fails is a row."""
+    progress = progress or Silent()
+    progress.stage("files")
+    bundle = open_bundle(path)
+    bundle.check_all()
+    graph = loading.graph_of(bundle.manifest, None)
+    receipt = bundle.receipt()
+    threads = threads or environment.available_cores()
+    run, name = _reference(bundle, graph, reference, weights, threads)
+    proofs, skipped = _open(bundle, graph, receipt, threads)
+    budget = budget or Budget()
+    progress.stage("parity")
+    cases = parity_cases(graph.examples, graph.dims)
+    references = [_run_reference(run, case.feeds, graph) for case in cases]
+    for proof in proofs:
+        tolerance = budget.tolerance(proof.built.precision)
+        proving.check_parity(proof, cases, references, tolerance, has_data=data is not None)
+        proving.read_back(proof, cases[0].feeds)
+    if data is not None:
+        progress.stage("accuracy")
+        dataset = open_data(
+            data, inputs=graph.inputs, preprocess=bundle.manifest.preprocess, labels=bundle.manifest.labels
+        )
+        split = dataset.split(receipt.data.calibration_asked, eval_samples, receipt.data.seed)
+        scores = scores_output({o.name: o.shape for o in graph.outputs})
+        total = split.judgement.size or 0
+        proving.check_accuracy(
+            proofs, split.judgement, DATA_BATCH, run, scores, budget, lambda done: progress.step(done, total)
+        )
+    progress.stage("latency")
+    batch = graph.dims["batch"].min if "batch" in graph.dims else None
+    feeds = make_feeds(graph.examples, batch=batch, seed=31)
+    measurement = proving.measure_latency(proofs, (), feeds, max_total_s=LATENCY_BUDGET_S, progress=progress.step)
+    size = next(iter(feeds.values())).shape[0]
+    entries = tuple(proving.entry(p, measurement, size, threads) for p in proofs)
+    return Validation(
+        bundle=str(path), reference=name, files=len(bundle.manifest.files), candidates=entries, skipped=skipped,
+        promoted=_promote(bundle, receipt, entries),
+    )  # fmt: skip
+
+
+def require_passed(validation: Validation) -> None:
+    """Raises ParityError naming the first variant that failed, BundleError when there was none to try."""
+    for candidate in validation.candidates:
+        if candidate.status != "passed":
+            raise ParityError(
+                f"the variant {candidate.id} is not the same model as {validation.reference}",
+                where=validation.bundle, got=candidate.reason, next_step="export it again from its source",
+            )  # fmt: skip
+    if not validation.candidates:
+        raise BundleError("no variant of the bundle can run here", where=validation.bundle, got=validation.skipped)
+
+
+def _reference(bundle: Bundle, graph: Graph, text: str | None, weights: str | None, threads: int) -> tuple[Run, str]:
+    if text is None:
+        model = bundle.check(bundles.PORTABLE)
+        session = runtimes.open_session(
+            Target.ONNXRUNTIME_CPU, model, inputs=graph.inputs, outputs=graph.outputs, threads=threads
+        )
+        return session.run, "its own portable FP32 model"
+    if (Path(text) / bundles.MANIFEST).is_file():
+        return loading.load(text, threads=threads).run, text
+    from attn_deploy.export.capture import capture
+    from attn_deploy.export.sources import SourceRequest, load_source
+
+    source = load_source(text, SourceRequest("", weights, {}, graph.examples))
+    return capture(source, graph.dims).reference, f"{source.description} ({source.weights})"
+
+
+def _run_reference(run: Run, feeds: Mapping[str, Array], graph: Graph) -> Mapping[str, Array]:
+    outputs = run(feeds)
+    expected = [o.name for o in graph.outputs]
+    if sorted(outputs) != sorted(expected):
+        raise UsageError("the reference has other outputs", got=", ".join(outputs), expected=", ".join(expected))
+    return outputs
+
+
+def _open(bundle: Bundle, graph: Graph, receipt: Receipt, threads: int) -> tuple[list[Proof], dict[str, str]]:
+    rows = {c.id: c for c in receipt.candidates}
+    proofs, skipped = [], {}
+    for name, variant in graph.variants.items():
+        target = Target(variant.target)
+        reason = runtimes.availability(target)
+        if reason is not None:
+            skipped[name] = reason
+            continue
+        row = rows.get(name)
+        built = Built(
+            id=name,
+            target=target,
+            precision=Precision(variant.precision),
+            files=tuple(bundle.path(f) for f in variant.files),
+            library=variant.library is not None,
+            sites=tuple(receipt_sites(receipt)),
+            exempt=row.exempt if row is not None else (),
+            storage=row.storage if row is not None else {},
+        )
+        proofs.append(Proof(built, proving.open_candidate(built, threads, graph.inputs, graph.outputs)))
+    return proofs, skipped
+
+
+def receipt_sites(receipt: Receipt) -> Sequence[tuple[str, str]]:
+    """(module, operator's node name) of the recognized sites."""
+    return [(s.module, s.node) for s in receipt.sites if s.node is not None]
+
+
+def _promote(bundle: Bundle, receipt: Receipt, entries: Sequence[CandidateEntry]) -> tuple[str, ...]:
+    """Rows that were `not_run` and passed here are put into receipt and manifest."""
+    waiting = {c.id for c in receipt.candidates if c.status == "not_run"}
+    passed = {e.id: e for e in entries if e.id in waiting and e.status == "passed"}
+    if not passed:
+        return ()
+    rows = tuple(passed.get(c.id, c) for c in receipt.candidates)
+    chosen = choose(rows)
+    bundle.rewrite(msgspec.structs.replace(receipt, candidates=rows, chosen=chosen), chosen)
+    return tuple(passed)
