@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 import msgspec
@@ -27,6 +28,10 @@ REPORT = "report.html"
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+_in_progress: set[Path] = set()
+"""Work folders of this process. In a container every export has the same process id: one that bears it and is not
+among these was left behind by a process that was killed."""
+
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
@@ -41,7 +46,7 @@ def storage_errors(path: Path) -> Iterator[None]:
                 next_step="free some space or choose another folder with -o; nothing was written",
             ) from error  # fmt: skip
         raise StorageError(
-            "a file cannot be written", where=str(error.filename or path), got=error.strerror or str(error)
+            "a file cannot be read or written", where=str(error.filename or path), got=error.strerror or str(error)
         ) from error
 
 
@@ -56,20 +61,23 @@ def writing(out: Path, *, force: bool) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` when the block ends without an error, and is removed else.
 
     Raises UsageError when `out` exists and `force` is not given. With `force` the old bundle is there until the new
-    one takes its place in one step.
+    one takes its place in one step. Where `out` is a link, the bundle that it leads to is replaced.
     """
+    out = out.resolve()
     check_free(out, force=force)
     _remove_left_behind(out)
     work = out.with_name(f".{out.name}.{os.getpid()}.partial")
     with storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         work.mkdir()
+    _in_progress.add(work)
     try:
         with storage_errors(out):
             yield work
             _put_in_place(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        _in_progress.discard(work)
 
 
 def check_free(out: Path, *, force: bool) -> None:
@@ -107,10 +115,23 @@ def _exchange(first: Path, second: Path) -> bool:
 
 def _remove_left_behind(out: Path) -> None:
     """Folders of killed exports: their process is gone."""
-    for folder in out.parent.glob(f".{out.name}.*.partial"):
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
         pid = folder.name.split(".")[-2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+        if pid.isdigit() and folder not in _in_progress and (int(pid) == os.getpid() or not _is_alive(int(pid))):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of this id runs; True where that cannot be asked without harm."""
+    if sys.platform == "win32":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -136,10 +157,17 @@ def encode(value: Manifest | Receipt) -> bytes:
     return msgspec.json.format(msgspec.json.encode(value), indent=2)
 
 
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+def _replace(contents: Mapping[Path, bytes]) -> None:
+    """Replaces files, each whole and in this order; none of them when one cannot be written."""
+    written = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in contents}
+    try:
+        for path, content in contents.items():
+            written[path].write_bytes(content)
+        for path, temporary in written.items():
+            temporary.replace(path)
+    finally:
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
 
 
 class Bundle:
@@ -191,12 +219,13 @@ class Bundle:
 
     def rewrite(self, receipt: Receipt, chosen: dict[str, str]) -> None:
         """Replaces receipt and choice. Each file is replaced whole, the manifest last."""
-        manifest = self.manifest
+        content = encode(receipt)
+        entry = FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+        files = {**self.manifest.files, RECEIPT: entry}
+        manifest = msgspec.structs.replace(self.manifest, files=files, chosen=chosen)
         with storage_errors(self.root):
-            _replace(self.root / RECEIPT, encode(receipt))
-            files = {**manifest.files, RECEIPT: file_entry(self.root / RECEIPT)}
-            self.manifest = msgspec.structs.replace(manifest, files=files, chosen=chosen)
-            _replace(self.root / MANIFEST, encode(self.manifest))
+            _replace({self.root / RECEIPT: content, self.root / MANIFEST: encode(manifest)})
+        self.manifest = manifest
 
     def _entry(self, name: str) -> FileEntry:
         entry = self.manifest.files.get(name)

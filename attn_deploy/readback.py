@@ -40,8 +40,6 @@ ATTENTION = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention",
 INTEGER_INSIDE = frozenset({"DynamicQuantizeMatMul", "QGemm"})
 """Operators that read floats and multiply integers."""
 
-_TRANSPOSED_B = frozenset({"Gemm", "FusedGemm", "QGemm"})
-
 
 def site_runs(sites: Iterable[tuple[str, str]], nodes: Sequence[Node]) -> tuple[SiteRun, ...]:
     """For each (module, operator's node name): what runs it.
@@ -96,11 +94,18 @@ def multiply_adds(node: Node) -> int:
         return 0
     result = math.prod(node.outputs[0].shape)
     if node.op_type in LINEAR:
-        return result * node.inputs[0].shape[-1]
+        return result * _summed(node.inputs[0].shape, node.outputs[0].shape)
     if node.op_type in CONVOLUTIONS:
         weight = next((t for t in node.inputs[1:] if len(t.shape) == len(node.outputs[0].shape)), None)
         return result * math.prod(weight.shape[1:]) if weight is not None else 0
     return 0
+
+
+def _summed(first: tuple[int, ...], result: tuple[int, ...]) -> int:
+    """Length of the dimension that a matrix product sums over: the last of its first operand, or the one before it
+    where ONNX Runtime folded a transpose in (Gemm, FusedMatMul): then the last is the rows of the result."""
+    transposed = len(first) > 1 and len(result) > 1 and first[-2] != result[-2] and first[-1] == result[-2]
+    return first[-2] if transposed else first[-1]
 
 
 def compute_type(node: Node) -> str:

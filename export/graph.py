@@ -74,7 +74,7 @@ def constants(program: ExportedProgram) -> dict[str, torch.Tensor]:
     for table in named:
         for name, target in table.items():
             value = program.state_dict.get(target)
-            found[name] = program.constants[target] if value is None else value
+            found[name] = (program.constants[target] if value is None else value).detach()
     return found
 
 
@@ -100,14 +100,17 @@ def ancestors(node: Node, stop: Callable[[Node], bool] = lambda n: False) -> Ite
             pending.extend(current.all_input_nodes)
 
 
+def is_size(node: Node) -> bool:
+    """True for a number such as the batch size: it depends on a tensor's shape, not on its data."""
+    return isinstance(node.meta.get("val"), (int, float, torch.SymInt))
+
+
 def is_constant(node: Node, known: Mapping[str, torch.Tensor]) -> bool:
     """True when the node depends on parameters, buffers and constants alone (sizes are not data)."""
-    for current in ancestors(node, stop=lambda n: not is_tensor(n)):
-        if current.op == "placeholder" and current.name not in known:
-            return False
-        if not is_tensor(current) and not isinstance(current.meta.get("val"), (list, tuple)):
-            return False
-    return True
+    return all(
+        current.op != "placeholder" or current.name in known or is_size(current)
+        for current in ancestors(node, stop=is_size)
+    )
 
 
 def evaluate(node: Node, known: Mapping[str, Any]) -> Any:
@@ -124,7 +127,7 @@ def evaluate(node: Node, known: Mapping[str, Any]) -> Any:
             continue
         if current.name in known:
             cache[current] = known[current.name]
-        elif not is_tensor(current) and isinstance(current.meta.get("val"), (int, torch.SymInt)):
+        elif is_size(current):
             cache[current] = concrete(current.meta["val"])
         elif current.op == "placeholder":
             raise KeyError(current.name)

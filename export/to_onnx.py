@@ -8,7 +8,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,12 +117,8 @@ def _export(captured: CapturedModel, program: ExportedProgram, opset: int) -> ir
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         getattr(ops, name).default: _translation(name) for name in OPERATORS
     }
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with _quiet():
             exported = torch.onnx.export(
                 program, dynamo=True, opset_version=opset, custom_translation_table=table,
                 dynamic_shapes=shapes, input_names=[i.name for i in captured.inputs],
@@ -136,10 +132,24 @@ def _export(captured: CapturedModel, program: ExportedProgram, opset: int) -> ir
             expected="ATen operators that torch.onnx translates",
             next_step="replace the operator named above in the model, or try a newer torch",
         ) from error
-    finally:
-        quiet.setLevel(level)
     assert exported is not None
     return exported.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter and its optimizer talk on every channel; what is wrong comes as an exception."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _site_nodes(model: ir.Model, rewritten: RewrittenModel) -> list[ir.Node]:

@@ -62,8 +62,9 @@ def candidates_table(receipt: Receipt) -> RenderableType:
         wide.add_row(*name, *likeness, *price)
         upper.add_row(*name, *likeness)
         lower.add_row(*name, *price)
-    notes = "* chosen. INT8 share: of the multiply-adds of linear layers and convolutions, read back"
-    return Group(_FirstThatFits(wide, Group(upper, Text(), lower)), _note(notes))
+    mark = "* chosen. " if chosen else ""
+    note = _note(f"{mark}INT8 share: of the multiply-adds of linear layers and convolutions, read back")
+    return Group(_FirstThatFits(wide, Group(upper, Text(), lower)), note)
 
 
 def peers_table(peers: Sequence[Peer]) -> RenderableType:
@@ -162,14 +163,14 @@ def _two_line_sites(rows: Sequence[SiteRow], opened: bool) -> Table:
     """The same in two lines per site: where it is, what it became, and what runs it."""
     table = _table()
     table.add_column("module\nsource line")
-    table.add_column("operator, or why not\nkind", max_width=REASON_WIDTH - 10)
+    table.add_column("kind\noperator, or why not", max_width=REASON_WIDTH - 10)
     table.add_column("status\nMFLOPs")
     if opened:
         table.add_column("runs as\non")
     for row in rows:
         cells = [
             _lines(_text(row.label), _text(_short_path(row.source_line), style="dim")),
-            _lines(_what(row), _text(row.kind, style="dim")),
+            _lines(_text(row.kind), _what(row)),
             _lines(_status(row.status), _text(words.megaflops(row.flops), style="dim")),
         ]
         if opened:

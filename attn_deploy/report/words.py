@@ -43,6 +43,8 @@ def megabytes(value: float | None) -> str:
     """Zero is what an entry without files has."""
     if not value:
         return ABSENT
+    if value < 0.001:
+        return "<0.001"
     return f"{value:.{0 if value >= 1000 else 1 if value >= 1 else 3}f}"
 
 
@@ -88,15 +90,25 @@ def status(candidate: CandidateEntry) -> str:
     return candidate.status.replace("_", " ")
 
 
+def differs(peer: Peer) -> bool:
+    return peer.verdict == FASTER or (peer.verdict == SLOWER and peer.ratio_ci95[0] > 0)
+
+
+def tempo(peer: Peer) -> str:
+    """`1.51x faster`: the chosen candidate, against the peer."""
+    if not differs(peer):
+        return "no difference"
+    return f"{peer.ratio:.2f}x faster" if peer.verdict == FASTER else f"{1 / peer.ratio:.2f}x slower"
+
+
 def speed(peer: Peer) -> str:
-    """`1.51x faster [1.24, 1.61]`: the chosen candidate, against the peer."""
+    """`1.51x faster [1.24, 1.61]`; a slower one is told by the inverse of ratio and interval."""
     low, high = peer.ratio_ci95
-    ratio = peer.ratio
-    if peer.verdict == SLOWER and low > 0:
-        return f"{1 / ratio:.2f}x slower [{1 / high:.2f}, {1 / low:.2f}]"
-    if peer.verdict == FASTER:
-        return f"{ratio:.2f}x faster [{low:.2f}, {high:.2f}]"
-    return f"neither faster nor slower: {ratio:.2f}x [{low:.2f}, {high:.2f}]"
+    if not differs(peer):
+        return f"neither faster nor slower: {peer.ratio:.2f}x [{low:.2f}, {high:.2f}]"
+    if peer.verdict == SLOWER:
+        low, high = 1 / high, 1 / low
+    return f"{tempo(peer)} [{low:.2f}, {high:.2f}]"
 
 
 def verdict(peer: Peer) -> str:
@@ -104,8 +116,8 @@ def verdict(peer: Peer) -> str:
 
 
 RATIO_NOTE = (
-    "A ratio is the peer's time over the chosen candidate's, the median over rounds in which both took a turn, with its "
-    "95 % interval: it holds where the machine's speed drifts, and so differs from the quotient of two p50."
+    "A ratio is the peer's time over the chosen candidate's, the median over rounds in which both took a turn, with "
+    "its 95 % interval: it holds where the machine's speed drifts, and so differs from the quotient of two p50."
 )
 
 
@@ -116,9 +128,8 @@ def chosen_candidates(receipt: Receipt) -> list[tuple[str, CandidateEntry]]:
 
 
 def chosen_line(receipt: Receipt) -> str:
-    chosen = ", ".join(f"{candidate.id} for {target}" for target, candidate in chosen_candidates(receipt))
-    if chosen:
-        return chosen
+    if receipt.chosen:
+        return ", ".join(f"{chosen} for {target}" for target, chosen in receipt.chosen.items())
     states = {c.status for c in receipt.candidates}
     if not states:
         return "nothing: no candidate was built"
@@ -128,7 +139,7 @@ def chosen_line(receipt: Receipt) -> str:
 
 
 def latencies(receipt: Receipt) -> list[Latency]:
-    return [x.latency for x in (*receipt.candidates, *receipt.peers) if x.latency is not None]
+    return [c.latency for c in receipt.candidates if c.latency is not None] + [peer.latency for peer in receipt.peers]
 
 
 def threads(receipt: Receipt) -> str:

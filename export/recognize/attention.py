@@ -94,6 +94,8 @@ def _match_sdpa(node: Node, known: Mapping[str, Tensor]) -> AttentionMatch:
     if mask is None:
         return match
     if mask.meta["val"].dtype == torch.bool:
+        if is_constant(mask, known) and bool(evaluate(mask, known).all()):
+            return match  # transformers builds a mask even where nothing is masked
         return replace(match, mask=mask)
     if is_constant(mask, known):
         return _with_constant_bias(match, _rank4(evaluate(mask, known)))

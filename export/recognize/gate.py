@@ -14,6 +14,7 @@ from attn_deploy.export.graph import (
     ancestors,
     aten,
     constants,
+    is_size,
     is_tensor,
     module_path,
     only_user,
@@ -100,8 +101,8 @@ def _dims(pool: Node) -> set[int]:
 def _only_from(gate: Node, x: Node, pools: list[Node], known: Mapping[str, Tensor]) -> bool:
     """True when every way from the gate back ends in a pool of x or in a constant."""
     ends = set(pools)
-    for node in ancestors(gate, stop=lambda n: n in ends or not is_tensor(n)):
-        if node in ends or not isinstance(node.meta.get("val"), Tensor):
+    for node in ancestors(gate, stop=lambda n: n in ends or is_size(n)):
+        if node in ends or is_size(node):
             continue
         if node is x or (node.op == "placeholder" and node.name not in known):
             return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -20,9 +22,13 @@ def rewrite(editor: Editor, match: AttentionMatch) -> Node:
         bias, mask = _bias_and_mask(editor, match)
         packed = _packed_source(match)
         if packed is not None:
-            batch_size = editor.call(aten.sym_size.int, editor.at(packed), 0)
+            source, tokens_first = packed
+            joined = editor.at(source)
+            if tokens_first:
+                joined = editor.call(aten.permute.default, joined, [1, 0, 2])
+            batch_size = editor.call(aten.sym_size.int, joined, 0)
             _, tokens, heads, head_dim = _layout(shape_of(match.query))
-            qkv = editor.call(aten.reshape.default, editor.at(packed), [batch_size, tokens, 3, heads, head_dim])
+            qkv = editor.call(aten.reshape.default, joined, [batch_size, tokens, 3, heads, head_dim])
             node = editor.call(ops.packed_attention.default, qkv, bias, mask, match.scale, match.causal)
             unpacked = editor.call(aten.reshape.default, node, [batch_size, tokens, heads, head_dim])
             result = editor.call(aten.permute.default, unpacked, [0, 2, 1, 3])
@@ -84,29 +90,34 @@ def _rank4(editor: Editor, node: Node) -> Node:
     return node
 
 
-def _packed_source(match: AttentionMatch) -> Node | None:
-    """The tensor [batch, tokens, 3 * heads * head_dim] that query, key and value are parts of, or None.
+def _packed_source(match: AttentionMatch) -> tuple[Node, bool] | None:
+    """The tensor that query, key and value are parts of, [batch, tokens, 3 * heads * head_dim], or the same with
+    tokens first (nn.MultiheadAttention), which the flag says; None when there is no such tensor.
 
     The movement from it is run on numbered elements and must give the packed layout exactly.
     """
     if len(shape_of(match.query)) != 4:
         return None
-    parts = (match.query, match.key, match.value)
-    sources = {movement_source(part) for part in parts}
+    sources = {movement_source(part) for part in (match.query, match.key, match.value)}
     if len(sources) != 1:
         return None
     source = sources.pop()
     batch, tokens, heads, head_dim = _layout(shape_of(match.query))
-    if shape_of(source) != (batch, tokens, 3 * heads * head_dim):
-        return None
-    count = batch * tokens * 3 * heads * head_dim
-    numbered = torch.arange(count)
-    expected = numbered.reshape(batch, tokens, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
-    known = {source.name: numbered.reshape(shape_of(source))}
-    for number, part in enumerate(parts):
-        moved = evaluate(part, known)
+    channels = 3 * heads * head_dim
+    for shape, tokens_first in (((batch, tokens, channels), False), ((tokens, batch, channels), True)):
+        if shape_of(source) == shape and _is_packed(match, source, tokens_first, heads):
+            return source, tokens_first
+    return None
+
+
+def _is_packed(match: AttentionMatch, source: Node, tokens_first: bool, heads: int) -> bool:
+    numbered = torch.arange(math.prod(shape_of(source))).reshape(shape_of(source))
+    ordered = numbered.transpose(0, 1) if tokens_first else numbered
+    expected = ordered.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    for number, part in enumerate((match.query, match.key, match.value)):
+        moved = evaluate(part, {source.name: numbered})
         if part is match.key and match.transposed_key:
             moved = moved.transpose(-2, -1)
         if moved.shape != expected[number].shape or not torch.equal(moved, expected[number]):
-            return None
-    return source
+            return False
+    return True

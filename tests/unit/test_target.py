@@ -33,12 +33,11 @@ def test_a_misspelt_precision_is_answered_with_the_nearest() -> None:
     assert "int8" in str(caught.value.expected)
 
 
-@pytest.mark.parametrize("text", ["", "FP32", "onnxruntime-cpu:fp32"])
-def test_a_precision_that_is_none_names_them_all(text: str) -> None:
+@pytest.mark.parametrize("text", ["", "INT8", "onnxruntime-cpu:fp32"])
+def test_a_precision_that_is_near_to_none_names_them_all(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_precision(text)
-    assert all(str(p) in str(caught.value.expected) for p in ([] if text == "onnxruntime-cpu:fp32" else Precision))
-    assert caught.value.expected
+    assert caught.value.expected == "one of: fp16, fp32, int8"
 
 
 def test_nearest_offers_at_most_three() -> None:

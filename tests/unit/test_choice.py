@@ -1,0 +1,122 @@
+"""The budget and the choice."""
+
+from __future__ import annotations
+
+import pytest
+
+from attn_deploy.choice import Budget, choose, share_fault
+from attn_deploy.parity import Tolerance
+from attn_deploy.receipt import Accuracy, CandidateEntry, Latency
+from attn_deploy.target import Precision
+
+
+def candidate(
+    id: str, p50_ms: float | None, *, status: str = "passed", target: str = "onnxruntime-cpu"
+) -> CandidateEntry:
+    latency = None if p50_ms is None else Latency(1, 1, 10, p50_ms, p50_ms, p50_ms, p50_ms, (p50_ms, p50_ms))
+    return CandidateEntry(id, target, "fp32", status, None if status == "passed" else "why", latency=latency)
+
+
+def test_the_fastest_that_passed_is_chosen() -> None:
+    rows = [candidate("a", 3.0), candidate("b", 1.0), candidate("c", 2.0)]
+    assert choose(rows) == {"onnxruntime-cpu": "b"}
+
+
+@pytest.mark.parametrize("status", ["failed", "not_run"])
+def test_what_did_not_pass_is_not_chosen_however_fast(status: str) -> None:
+    assert choose([candidate("fast", 1.0, status=status), candidate("slow", 9.0)]) == {"onnxruntime-cpu": "slow"}
+    assert choose([candidate("fast", 1.0, status=status)]) == {}
+
+
+def test_each_target_has_its_own_choice() -> None:
+    rows = [candidate("a", 3.0), candidate("b", 1.0, target="tensorrt"), candidate("c", 2.0)]
+    assert choose(rows) == {"onnxruntime-cpu": "c", "tensorrt": "b"}
+
+
+def test_a_candidate_without_latency_comes_last_but_before_none() -> None:
+    assert choose([candidate("unmeasured", None), candidate("slow", 1e6)]) == {"onnxruntime-cpu": "slow"}
+    assert choose([candidate("unmeasured", None)]) == {"onnxruntime-cpu": "unmeasured"}
+
+
+def test_of_two_equally_fast_the_first_is_chosen() -> None:
+    assert choose([candidate("first", 1.0), candidate("second", 1.0)]) == {"onnxruntime-cpu": "first"}
+
+
+# -- budget ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("precision", "given", "expected"),
+    [
+        (Precision.FP32, None, Tolerance(60.0, 1e-4)),
+        (Precision.FP16, None, Tolerance(45.0, None)),
+        (Precision.INT8, None, Tolerance(20.0, None)),
+        # a budget may ask more of every precision
+        (Precision.FP32, 80.0, Tolerance(80.0, 1e-4)),
+        (Precision.FP16, 50.0, Tolerance(50.0, None)),
+        (Precision.INT8, 30.0, Tolerance(30.0, None)),
+        # and less of INT8 alone
+        (Precision.FP32, 10.0, Tolerance(60.0, 1e-4)),
+        (Precision.FP16, 10.0, Tolerance(45.0, None)),
+        (Precision.INT8, 10.0, Tolerance(10.0, None)),
+    ],
+)
+def test_the_floor_of_a_precision_is_not_lowered_by_a_budget(
+    precision: Precision, given: float | None, expected: Tolerance
+) -> None:
+    assert Budget(min_sqnr_db=given).tolerance(precision) == expected
+
+
+def accuracy(value: float, reference: float = 80.0) -> Accuracy:
+    return Accuracy("top1", value, reference, 100)
+
+
+@pytest.mark.parametrize(
+    ("budget", "value", "fault"),
+    [
+        (Budget(), 79.0, None),
+        (Budget(), 78.9, "top1 drops by 1.10 points, budget 1.00"),
+        (Budget(max_drop=0.0), 80.0, None),
+        (Budget(max_drop=0.0), 79.5, "top1 drops by 0.50 points, budget 0.00"),
+        (Budget(max_drop=5.0), 75.0, None),
+        (Budget(), 90.0, None),
+    ],
+    ids=["one point by default", "more than one", "none allowed", "none kept", "exactly the budget", "better"],
+)
+def test_a_drop_beyond_the_budget_is_a_fault(budget: Budget, value: float, fault: str | None) -> None:
+    assert budget.accuracy_fault(1.0, accuracy(value)) == fault
+
+
+def test_a_drop_of_decimals_that_are_no_binary_fractions_is_exactly_the_budget() -> None:
+    assert Budget(max_drop=0.3).accuracy_fault(None, accuracy(80.1, 80.4)) is None
+
+
+@pytest.mark.parametrize(
+    ("agreement", "fault"), [(0.99, None), (1.0, None), (0.98, "agreement 0.9800, budget 0.9900"), (None, None)]
+)
+def test_agreement_below_the_budget_is_a_fault(agreement: float | None, fault: str | None) -> None:
+    assert Budget(min_agreement=0.99).accuracy_fault(agreement, None) == fault
+
+
+def test_agreement_is_not_asked_for_without_a_budget() -> None:
+    assert Budget().accuracy_fault(0.0, None) is None
+
+
+# -- precision -------------------------------------------------------------------------------------------------------
+
+
+def test_int8_means_nine_tenths_of_the_multiply_adds() -> None:
+    assert share_fault(Precision.INT8, {"int8": 0.9, "float32": 0.1}) is None
+    fault = share_fault(Precision.INT8, {"int8": 0.899, "float32": 0.101})
+    assert fault is not None
+    assert "only 89.9%" in fault
+
+
+def test_int8_without_any_integer_product_is_a_fault() -> None:
+    for shares in ({"float32": 1.0}, {}):
+        assert "0.0%" in str(share_fault(Precision.INT8, shares))
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16], ids=str)
+def test_other_precisions_ask_for_no_share(precision: Precision) -> None:
+    assert share_fault(precision, {"float32": 1.0}) is None
