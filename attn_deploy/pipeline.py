@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from attn_deploy import bundle as bundles
 from attn_deploy import environment, proving, runtimes
 from attn_deploy.accuracy import Run, scores_output
+from attn_deploy.built import Built
 from attn_deploy.choice import Budget, choose
 from attn_deploy.data import Dataset, Split, open_data, require_labels
 from attn_deploy.errors import (
@@ -27,7 +28,7 @@ from attn_deploy.manifest import SCHEMA_VERSION, Graph, Manifest, Variant
 from attn_deploy.parity import parity_cases
 from attn_deploy.preprocess import read_preprocess, validate_preprocess
 from attn_deploy.progress import Progress, Silent
-from attn_deploy.proving import Built, Proof
+from attn_deploy.proving import Proof
 from attn_deploy.receipt import SCHEMA_VERSION as RECEIPT_VERSION
 from attn_deploy.receipt import CandidateEntry, DataEntry, Peer, Receipt, SiteEntry
 from attn_deploy.runtimes import native

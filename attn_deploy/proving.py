@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from attn_deploy import runtimes
 from attn_deploy.accuracy import Judgement, Run, judge
+from attn_deploy.built import Built
 from attn_deploy.choice import Budget, share_fault
 from attn_deploy.data import Part
 from attn_deploy.errors import AttnDeployError
@@ -26,25 +26,9 @@ from attn_deploy.parity import (
 from attn_deploy.readback import dtype_shares, site_runs
 from attn_deploy.receipt import CandidateEntry, CaseParity, Memory, Parity, SiteParity, SiteRun
 from attn_deploy.session import Array, Session, TensorSpec
-from attn_deploy.target import Precision, Target
+from attn_deploy.target import Precision
 
 BYTES_PER_MB = 1_000_000
-
-
-@dataclass(frozen=True)
-class Built:
-    """A candidate as it was built: its files, and the operators' names that its sites were lowered from."""
-
-    id: str
-    target: Target
-    precision: Precision
-    files: tuple[Path, ...]
-    library: bool
-    sites: tuple[tuple[str, str], ...]
-    """(module, name of the operator's node in the canonical model)."""
-    exempt: tuple[str, ...] = ()
-    storage: dict[str, float] = field(default_factory=dict)
-    site_cases: Callable[[], Iterator[SiteCase]] | None = None
 
 
 @dataclass

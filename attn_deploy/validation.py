@@ -11,6 +11,7 @@ import msgspec
 from attn_deploy import bundle as bundles
 from attn_deploy import environment, loading, proving, runtimes
 from attn_deploy.accuracy import Run, scores_output
+from attn_deploy.built import Built
 from attn_deploy.bundle import Bundle, open_bundle
 from attn_deploy.choice import Budget, choose
 from attn_deploy.data import open_data
@@ -19,7 +20,7 @@ from attn_deploy.inputs import make_feeds
 from attn_deploy.manifest import Graph
 from attn_deploy.parity import parity_cases
 from attn_deploy.progress import Progress, Silent
-from attn_deploy.proving import Built, Proof
+from attn_deploy.proving import Proof
 from attn_deploy.receipt import CandidateEntry, Receipt
 from attn_deploy.session import Array
 from attn_deploy.target import Precision, Target

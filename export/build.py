@@ -13,6 +13,7 @@ from typing import Protocol
 import onnx_ir as ir
 import torch
 
+from attn_deploy.built import Built
 from attn_deploy.bundle import CANONICAL, PORTABLE
 from attn_deploy.export.capture import CapturedModel
 from attn_deploy.export.lower import RECIPES
@@ -22,7 +23,6 @@ from attn_deploy.export.rewrite import RewrittenModel
 from attn_deploy.export.site_parity import SiteRecord, record_sites, site_cases
 from attn_deploy.export.to_onnx import CanonicalModel, plain_onnx, portable, save_model
 from attn_deploy.latency import System
-from attn_deploy.proving import Built
 from attn_deploy.session import Array
 from attn_deploy.target import Precision, Target
 

@@ -10,7 +10,8 @@ import onnx_ir as ir
 from onnx import defs
 
 from attn_deploy.errors import AttnDeployError
-from attn_deploy.ops import DOMAIN, FORMS, VERSION
+from attn_deploy.ops import DOMAIN, FORMS, VERSION, Form
+from attn_deploy.target import nearest
 
 _TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "bool": "tensor(bool)"}
 
@@ -39,8 +40,9 @@ def attach_functions(model: ir.Model) -> None:
 
     The last step of writing a model: the optimizer would inline the bodies, the version converter would drop them.
     """
-    for name in sorted({node.op_type for node in model.graph if node.domain == DOMAIN}):
-        proto = onnx.parser.parse_function(FORMS[name].function_text())
+    forms = {node.op_type: _form(node) for node in model.graph if node.domain == DOMAIN}
+    for _, form in sorted(forms.items()):
+        proto = onnx.parser.parse_function(form.function_text())
         del proto.opset_import[:]
         proto.opset_import.append(onnx.helper.make_opsetid("", model.opset_imports[""]))
         function = ir.serde.deserialize_function(proto)
@@ -53,7 +55,7 @@ def check_functions(model: ir.Model) -> None:
     for node in model.graph:
         if node.domain != DOMAIN:
             continue
-        form = FORMS[node.op_type]
+        form = _form(node)
         if (DOMAIN, node.op_type, "") not in model.functions:
             raise AttnDeployError("an operator has no function body", where=node.name, got=node.op_type)
         if set(node.attributes) != set(form.attributes) or len(node.inputs) != len(form.inputs):
@@ -65,12 +67,23 @@ def check_functions(model: ir.Model) -> None:
             )
 
 
+def _form(node: ir.Node) -> Form:
+    form = FORMS.get(node.op_type)
+    if form is None:
+        raise AttnDeployError(
+            "a node is no operator of ours", where=node.name, got=f"{node.domain}.{node.op_type}",
+            expected=nearest(node.op_type, FORMS), next_step="install the attn-deploy that wrote the model",
+        )  # fmt: skip
+    return form
+
+
 def inline_functions(model: ir.Model, keep: frozenset[str] = frozenset()) -> None:
     """Puts the bodies in place of the operators, in place; forms named in `keep` stay operators.
 
     The names of what is put in start with the operator's own name, so that a profile shows to which site it belongs;
-    onnx.inliner loses them.
+    onnx.inliner loses them. Raises AttnDeployError as check_functions does.
     """
+    check_functions(model)
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type not in keep:
             _inline(model, node)

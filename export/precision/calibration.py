@@ -51,10 +51,15 @@ def collect_ranges(
 
 
 def _with_extrema(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """A copy whose outputs are the extrema per sample of the named values, each [batch]."""
+    """A copy whose outputs are the extrema per sample of the named values, each [batch].
+
+    ONNX Runtime's ReduceMin and ReduceMax pass over NaN: the sum of the values times zero makes NaN of the minimum.
+    """
     copy = model.clone()
     values = {o.name: o for node in copy.graph for o in node.outputs} | {i.name: i for i in copy.graph.inputs}
     copy.graph.outputs.clear()
+    zero = ir.Value(name="calibration/zero", const_value=ir.tensor(np.float32(0.0), name="calibration/zero"))
+    copy.graph.register_initializer(zero)
     for name in names:
         value = values[name]
         rank = len(value.shape) if value.shape is not None else 4
@@ -62,10 +67,16 @@ def _with_extrema(model: ir.Model, names: Sequence[str]) -> ir.Model:
             name=f"{name}/axes", const_value=ir.tensor(np.arange(1, rank, dtype=np.int64), name=f"{name}/axes")
         )
         copy.graph.register_initializer(axes)
-        for kind in ("minimum", "maximum"):
-            output = ir.Value(name=f"{name}/{kind}", shape=ir.Shape([None]), type=ir.TensorType(ir.DataType.FLOAT))
-            operator = "ReduceMin" if kind == "minimum" else "ReduceMax"
-            keep = ir.Attr("keepdims", ir.AttributeType.INT, 0)
-            copy.graph.append(ir.Node("", operator, [value, axes], [keep], outputs=[output], name=f"{name}/{kind}"))
+        nothing = ir.node("Mul", [value, zero], name=f"{name}/nothing")
+        reductions = [
+            ir.node(operator, [operand, axes], {"keepdims": 0}, name=f"{name}/{operator}")
+            for operator, operand in (("ReduceMin", value), ("ReduceMax", value), ("ReduceSum", nothing.outputs[0]))
+        ]
+        low, high, zero_or_nan = (n.outputs[0] for n in reductions)
+        minimum = ir.node("Add", [low, zero_or_nan], name=f"{name}/minimum")
+        copy.graph.extend([nothing, *reductions, minimum])
+        for kind, output in (("minimum", minimum.outputs[0]), ("maximum", high)):
+            output.name, output.shape = f"{name}/{kind}", ir.Shape([None])
+            output.type = ir.TensorType(ir.DataType.FLOAT)
             copy.graph.outputs.append(output)
     return copy

@@ -16,6 +16,9 @@ from attn_deploy.export.precision.calibration import Range
 from attn_deploy.export.precision.insert import Inserter
 from attn_deploy.export.precision.int8_linear import quantize_weight
 
+LARGEST_BIAS = 2**30
+"""Half of int32's range: the products are added to it."""
+
 
 def written_value(conv: ir.Node) -> ir.Value:
     """What a quantized convolution writes: its output, or its ReLU's when that is the only reader."""
@@ -106,26 +109,31 @@ def _quantize_written(model: ir.Model, value: ir.Value, span: Range) -> ir.Value
 
 
 def _quantize_parameters(model: ir.Model, conv: ir.Node, input_span: Range) -> None:
-    """The weight as int8 per output channel, the bias as int32 in units of input scale times weight scale."""
+    """The weight as int8 per output channel, the bias as int32 in units of input scale times weight scale.
+
+    A channel whose weights vanish beside its bias (a BatchNormalization that scales by nothing was folded into it)
+    gets a scale in which the bias fits.
+    """
     weight_value = conv.inputs[1]
     assert weight_value is not None
     assert weight_value.const_value is not None
-    weight, weight_scale = quantize_weight(weight_value.const_value.numpy(), axis=0)
+    bias = conv.inputs[2] if len(conv.inputs) > 2 else None
+    bias_array = bias.const_value.numpy() if bias is not None and bias.const_value is not None else None
+    input_scale, _ = scale_and_zero_point(input_span)
+    least_scale = None if bias_array is None else np.abs(bias_array.astype(np.float64)) / (input_scale * LARGEST_BIAS)
+    weight, weight_scale = quantize_weight(weight_value.const_value.numpy(), axis=0, least_scale=least_scale)
     insert = Inserter(model, conv, "parameters")
     scale_value = insert.constant("weight_scale", weight_scale)
     zeros = insert.constant("weight_zero_point", np.zeros(len(weight_scale), np.int8))
     conv.replace_input_with(
         1, insert.op("DequantizeLinear", [insert.constant("weight_int8", weight), scale_value, zeros], axis=0)
     )
-    if len(conv.inputs) < 3 or conv.inputs[2] is None:
+    if bias_array is None:
         return
-    bias = conv.inputs[2]
-    if bias.const_value is None:
-        return
-    input_scale, _ = scale_and_zero_point(input_span)
     bias_scale = (weight_scale * input_scale).astype(np.float32)
-    limit = 2**31 - 1
-    bias_int = np.clip(np.rint(bias.const_value.numpy() / bias_scale.astype(np.float64)), -limit, limit)
+    # two tiny scales may multiply to 0 where there is no bias
+    units = np.divide(bias_array, bias_scale, out=np.zeros(len(bias_scale)), where=bias_scale > 0, dtype=np.float64)
+    bias_int = np.clip(np.rint(units), -LARGEST_BIAS, LARGEST_BIAS)
     inputs = [
         insert.constant("bias_int32", bias_int.astype(np.int32)),
         insert.constant("bias_scale", bias_scale),

@@ -20,16 +20,20 @@ ZERO_POINTS = {"Gelu": 26, "Relu": 0, "Softmax": 0, "Sigmoid": 0, "HardSwish": 2
 MS = "com.microsoft"
 
 
-def quantize_weight(weight: Array, axis: int) -> tuple[Array, Array]:
+def quantize_weight(weight: Array, axis: int, least_scale: Array | None = None) -> tuple[Array, Array]:
     """weight -> (int8 of the same shape, float32 scale [channels]), symmetric per channel of `axis`.
 
-    Rounded to 127 levels a side, so that a negated weight quantizes to the negated value.
+    Rounded to 127 levels a side, so that a negated weight quantizes to the negated value. No scale is below
+    `least_scale` [channels].
     """
     rest = tuple(a for a in range(weight.ndim) if a != axis)
-    largest = np.abs(weight).max(axis=rest, keepdims=True)
+    largest = np.abs(weight).max(axis=rest)
     scale = np.maximum(largest, np.finfo(np.float32).tiny * 128) / 127.0
-    quantized = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
-    return quantized, scale.reshape(-1).astype(np.float32)
+    if least_scale is not None:
+        scale = np.maximum(scale, least_scale)
+    scale = scale.astype(np.float32)
+    quantized = np.clip(np.rint(weight / np.expand_dims(scale, rest)), -127, 127).astype(np.int8)
+    return quantized, scale
 
 
 def quantize_linear(model: ir.Model, node: ir.Node) -> None:

@@ -104,8 +104,8 @@ def _has_kernel(node: ir.Node) -> bool:
     if node.op_type == "Conv":
         return rank == 4
     if node.op_type == "Gemm":
-        plain = all(node.attributes[k].value in (1.0, 0) for k in ("alpha", "beta", "transA") if k in node.attributes)
-        return rank == 2 and plain
+        plain = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+        return rank == 2 and all(node.attributes[k].value == v for k, v in plain.items() if k in node.attributes)
     return rank == 2
 
 

@@ -150,7 +150,7 @@ def test_a_missing_input_is_refused() -> None:
 
 
 def test_an_operator_that_is_no_form_is_refused_with_the_nearest() -> None:
-    with pytest.raises(AttnDeployError, match="no operator of ours") as caught:
+    with pytest.raises(AttnDeployError, match="is no operator of ours") as caught:
         with_bodies(TWO_SITES.replace("attn_deploy.GateSilu", "attn_deploy.GateSiLU"))
     assert caught.value.where == "blk_1_se/GateSilu"
     assert "GateSilu" in str(caught.value.expected)
@@ -183,7 +183,9 @@ def test_names_of_what_is_inlined_start_with_the_operator_s_name() -> None:
     assert made
     assert all(name.startswith(tuple(site + "/" for site in sites)) for name in made)
     for site in sites:
-        assert sum(name.startswith(site + "/") for name in made) == len(FORMS[site.rpartition("/")[2]].body.splitlines())
+        assert sum(name.startswith(site + "/") for name in made) == len(
+            FORMS[site.rpartition("/")[2]].body.splitlines()
+        )
 
 
 def test_names_of_nodes_and_values_are_distinct() -> None:

@@ -269,7 +269,7 @@ def test_a_reader_never_finds_the_name_without_a_bundle(bundle: Path) -> None:
     with writing(bundle, force=True) as folder:
         fill(folder)
         (folder / "variants" / "stop").touch()
-    output, errors = reader.communicate(timeout=30)
+    output, errors = finish(reader)
     assert reader.returncode == 0, errors
     assert int(output) > 0
 
@@ -362,6 +362,15 @@ def start(script: str, *arguments: object) -> subprocess.Popen[str]:
     return process
 
 
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What it still prints. Not `communicate`, which passes over what `readline` has read ahead."""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    output, errors = process.stdout.read(), process.stderr.read()
+    process.wait(timeout=60)
+    return output, errors
+
+
 @contextlib.contextmanager
 def live_writer(out: Path) -> Iterator[subprocess.Popen[str]]:
     process = start(WRITER, out)
@@ -415,6 +424,16 @@ def test_what_another_writer_is_still_writing_is_left_alone(tmp_path: Path) -> N
         assert (tmp_path / unfinished / "half.onnx").read_bytes() == b"half a model"
 
 
+def test_a_second_writer_of_the_same_process_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "net.attn"
+    with writing(out, force=False) as folder:
+        fill(folder)
+        with pytest.raises(StorageError):
+            make_bundle(out, b"other")
+        assert (folder / MODEL).read_bytes() == b"model"
+    assert open_bundle(out).read(MODEL) == b"model"
+
+
 def test_what_a_killed_process_of_the_same_id_left_is_no_obstacle(tmp_path: Path) -> None:
     """In a container an export has the same process id every time."""
     out = tmp_path / "net.attn"
@@ -452,7 +471,7 @@ def test_a_full_disk_is_said_and_nothing_is_left(tmp_path: Path, old: bool) -> N
     if old:
         make_bundle(out)
     process = start(FULL_DISK, out)
-    output, errors = process.communicate(timeout=60)
+    output, errors = finish(process)
     assert process.returncode == StorageError.exit_code == 1, errors
     kind, what, next_step = output.strip().split("|")
     assert (kind, what) == ("StorageError", "the disk is full")
@@ -511,7 +530,7 @@ def test_a_receipt_that_does_not_fit_on_the_disk_keeps_the_old_one_and_the_old_m
     before = {name: (bundle / name).read_bytes() for name in (MANIFEST, RECEIPT)}
     assert len(before[MANIFEST]) > len(before[RECEIPT])
     process = start(REWRITER, bundle)
-    output, errors = process.communicate(timeout=60)
+    output, errors = finish(process)
     assert process.returncode == StorageError.exit_code, errors
     assert output == "StorageError {'onnxruntime-cpu': 'fp32'}\n"
     assert {name: (bundle / name).read_bytes() for name in before} == before
