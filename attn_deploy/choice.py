@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from attn_deploy.parity import FP16_MIN_SQNR_DB, FP32_MAX_REL, FP32_MIN_SQNR_DB, INT8_MIN_SQNR_DB, Tolerance
@@ -55,16 +55,21 @@ def share_fault(precision: Precision, weighted_dtype_share: dict[str, float]) ->
     return None
 
 
-def choose(candidates: Sequence[CandidateEntry]) -> dict[str, str]:
-    """Target -> id of its fastest passed candidate; one without a latency comes after all that have one."""
-    chosen: dict[str, CandidateEntry] = {}
-    for candidate in candidates:
-        if candidate.status != "passed":
+def choose(candidates: Sequence[CandidateEntry], clearly_faster: Callable[[str, str], bool]) -> dict[str, str]:
+    """Target -> id of its choice: the plainest passed candidate than which the fastest is not clearly faster.
+
+    Candidates come plainest first, so that a lower precision or a kernel of ours stays only where it wins.
+    `clearly_faster(a, b)` is the verdict of the measurement on two ids. Without latencies the first one is taken.
+    """
+    chosen: dict[str, str] = {}
+    for target in dict.fromkeys(c.target for c in candidates):
+        passed = [c for c in candidates if c.target == target and c.status == "passed"]
+        if not passed:
             continue
-        best = chosen.get(candidate.target)
-        if best is None or _time(candidate) < _time(best):
-            chosen[candidate.target] = candidate
-    return {target: candidate.id for target, candidate in chosen.items()}
+        fastest = min(passed, key=_time)
+        plainest = next(c for c in passed if c is fastest or not clearly_faster(fastest.id, c.id))
+        chosen[target] = plainest.id
+    return chosen
 
 
 def _time(candidate: CandidateEntry) -> float:

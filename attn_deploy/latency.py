@@ -101,6 +101,10 @@ class Measurement:
         interval = median_interval(ratios[:, None], self.seed)
         return Comparison(a=a, b=b, ratio=ratio, ratio_ci95=interval, verdict=verdict(ratio, interval))
 
+    def clearly_faster(self, a: str, b: str) -> bool:
+        """The verdict that a is faster than b."""
+        return self.compare(a, b).verdict == FASTER
+
     def _of(self, name: str) -> Array:
         if name not in self.samples_ms:
             raise UsageError("no such system was measured", got=name, expected=nearest(name, self.samples_ms))

@@ -153,6 +153,7 @@ class _Work:
         self.judged = self.calibrated = 0
         self.warnings: list[str] = []
         self.peers: list[System] = []
+        self.not_run: list[Built] = []
 
     def open_data(self) -> Split | None:
         """Opens `--data` early: a wrong path must not be told after minutes of work."""
@@ -202,6 +203,7 @@ class _Work:
             rewritten, canonical, folder, self.options, calibration, _open_model, kernels, self.progress
         ):
             if candidate.target in unavailable:
+                self.not_run.append(candidate)
                 not_run.append(_not_run(candidate, unavailable[candidate.target]))
                 continue
             session = proving.open_candidate(candidate, self.threads, canonical.inputs, canonical.outputs)
@@ -283,7 +285,7 @@ class _Work:
     ) -> Receipt:  # fmt: skip
         batch = next(iter(self._single(rewritten.captured).values())).shape[0]
         candidates = [proving.entry(p, measurement, batch, self.threads) for p in proofs] + list(not_run)
-        chosen = choose(candidates)
+        chosen = choose(candidates, measurement.clearly_faster if measurement is not None else lambda a, b: False)
         warnings = [*self.warnings, environment.load_warning(self.host), environment.throttling_note(self.host)]
         if Precision.FP16 in self.options.precisions:
             warnings.append("fp16 on an x86 CPU is storage only: weights take half the file and are computed in FP32")
@@ -335,10 +337,9 @@ class _Work:
 
         kept = set(receipt.chosen.values()) | {c.id for c in receipt.candidates if c.status == "not_run"}
         if self.options.keep_best and not kept:
-            kept = {proofs[0].built.id}
+            kept = {max(proofs, key=lambda p: min((c.sqnr_db for c in p.cases), default=0.0)).built.id}
         variants = {}
-        for proof in proofs:
-            built = proof.built
+        for built in (*(p.built for p in proofs), *self.not_run):
             if built.id not in kept:
                 for file in built.files:
                     file.unlink()

@@ -76,6 +76,8 @@ def validate(
     for proof in proofs:
         tolerance = budget.tolerance(proof.built.precision)
         proving.check_parity(proof, cases, references, tolerance, has_data=data is not None)
+        if data is None and reference is None:
+            _judge_by_receipt(proof, receipt)
         proving.read_back(proof, cases[0].feeds)
     if data is not None:
         progress.stage("accuracy")
@@ -98,6 +100,28 @@ def validate(
         bundle=str(path), reference=name, files=len(bundle.manifest.files), candidates=entries, skipped=skipped,
         promoted=_promote(bundle, receipt, entries),
     )  # fmt: skip
+
+
+LOSS_DB = 3.0
+"""How far an INT8 variant may fall behind what its receipt says of the same made inputs: kernels round differently."""
+
+
+def _judge_by_receipt(proof: Proof, receipt: Receipt) -> None:
+    """INT8 that was judged on data is held to what it gave on made inputs when it was proven: its ranges fit the data,
+    not noise, so that a fixed floor would say nothing here."""
+    row = next((c for c in receipt.candidates if c.id == proof.built.id), None)
+    if proof.built.precision is not Precision.INT8 or row is None or row.parity is None or row.status != "passed":
+        return
+    recorded = {(c.name, c.output): c.sqnr_db for c in row.parity.cases}
+    proof.fault = None
+    for number, case in enumerate(proof.cases):
+        floor = recorded.get((case.name, case.output), 0.0) - LOSS_DB
+        passed = case.sqnr_db >= floor
+        proof.cases[number] = msgspec.structs.replace(case, judged=True, passed=passed)
+        if not passed:
+            proof.fault = (
+                f"output {case.output!r} on {case.name}: {case.sqnr_db:.1f} dB, receipt {floor + LOSS_DB:.1f} dB"
+            )
 
 
 def require_passed(validation: Validation) -> None:
@@ -172,6 +196,6 @@ def _promote(bundle: Bundle, receipt: Receipt, entries: Sequence[CandidateEntry]
     if not passed:
         return ()
     rows = tuple(passed.get(c.id, c) for c in receipt.candidates)
-    chosen = choose(rows)
+    chosen = choose(rows, lambda a, b: False)
     bundle.rewrite(msgspec.structs.replace(receipt, candidates=rows, chosen=chosen), chosen)
     return tuple(passed)

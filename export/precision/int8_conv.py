@@ -47,7 +47,7 @@ def quantize_convs(model: ir.Model, convs: Sequence[ir.Node], ranges: Mapping[st
         value = written_value(conv)
         name = str(value.name)
         if name not in dequantized and not value.is_graph_output():
-            dequantized[name] = _quantize_written(model, value, ranges[name])
+            dequantized[name] = _quantize_written(model, value, _useful(value, ranges[name]))
     for conv in convs:
         source = conv.inputs[0]
         assert source is not None
@@ -56,6 +56,18 @@ def quantize_convs(model: ir.Model, convs: Sequence[ir.Node], ranges: Mapping[st
             dequantized[key] = _pair(model, conv, source, ranges[key])
         conv.replace_input_with(0, dequantized[key])
         _quantize_parameters(model, conv, ranges[key])
+
+
+NO_USE_BELOW = {"HardSwish": -3.0, "SiLU": -6.0}
+"""Below this an activation's result is (nearly) nothing: HardSwish is 0 from -3 on, SiLU at most 0.015 from -6 on."""
+
+
+def _useful(value: ir.Value, span: Range) -> Range:
+    """The part of the range that the value's readers tell apart, when an activation is the only one to read it."""
+    readers = {u.op_type for u, _ in value.uses()}
+    activation = "SiLU" if readers == {"Sigmoid", "Mul"} else next(iter(readers)) if len(readers) == 1 else ""
+    low = NO_USE_BELOW.get(activation)
+    return span if low is None else Range(max(span.low, low), span.high)
 
 
 def _origin(value: ir.Value) -> str:

@@ -487,7 +487,6 @@ def reasons(plan: PrecisionPlan) -> dict[str, str]:
 
 
 ALWAYS = {
-    "stem": Exempt.STEM,
     "stages.0.se.fc1": Exempt.GATE,
     "stages.0.se.fc2": Exempt.GATE,
     "stages.1.eca.fc": Exempt.GATE,
@@ -495,17 +494,41 @@ ALWAYS = {
 }
 
 
-def test_stem_gates_and_head_stay_in_floating_point_and_nothing_else() -> None:
+def test_gates_and_head_stay_in_floating_point_and_nothing_else() -> None:
     plan = plan_int8(planned_net())
     assert reasons(plan) == ALWAYS
     schemes = {p.layer: p.scheme for p in plan.layers if p.scheme is not Scheme.FLOAT}
     assert schemes == {
+        "stem/Conv": Scheme.STATIC_PER_TENSOR,
         "stages.0.conv/Conv": Scheme.STATIC_PER_TENSOR,
         "stages.1.conv/Conv": Scheme.STATIC_PER_TENSOR,
         "stages.10.conv/Conv": Scheme.STATIC_PER_TENSOR,
         "mlp.fc1/MatMul": Scheme.DYNAMIC_PER_TOKEN,
         "mlp.fc2/Gemm": Scheme.DYNAMIC_PER_TOKEN,
     }
+
+
+def separable_net(width: int) -> ir.Model:
+    """A stem, a depthwise and a pointwise convolution of `width` channels; the pointwise has most of the work."""
+    return network(
+        f"""net (float[1, 3, 8, 8] x) => (float[1, {width}, 8, 8] y)
+        <float[1, {width}, 8, 8] s, float[1, {width}, 8, 8] d, float[1, {width}, 8, 8] p>
+        {{
+            [stem__Conv] s = Conv (x, stem_w)
+            [dw__Conv] d = Conv <group: int = {width}, pads: ints = [1, 1, 1, 1]> (s, dw_w)
+            [pw__Conv] p = Conv (d, pw_w)
+            [act__Relu] y = Relu (p)
+        }}""",
+        stem_w=normal(width, 3, 1, 1), dw_w=normal(width, 1, 3, 3), pw_w=normal(width, width, 1, 1),
+    )  # fmt: skip
+
+
+def test_depthwise_and_stem_stay_in_floating_point_where_they_are_little_work() -> None:
+    assert reasons(plan_int8(separable_net(256))) == {"dw": Exempt.DEPTHWISE, "stem": Exempt.STEM}
+
+
+def test_depthwise_is_quantized_where_the_promised_share_needs_it() -> None:
+    assert reasons(plan_int8(separable_net(16))) == {}
 
 
 def test_exempt_layers_are_listed_with_their_reason() -> None:

@@ -17,29 +17,44 @@ def candidate(
     return CandidateEntry(id, target, "fp32", status, None if status == "passed" else "why", latency=latency)
 
 
+def chosen(*rows: CandidateEntry) -> dict[str, str]:
+    """The choice with a measurement that trusts every difference of the medians beyond 2 %."""
+    times = {row.id: row.latency.p50_ms for row in rows if row.latency is not None}
+    return choose(rows, lambda a, b: a in times and (b not in times or times[b] / times[a] > 1.02))
+
+
 def test_the_fastest_that_passed_is_chosen() -> None:
-    rows = [candidate("a", 3.0), candidate("b", 1.0), candidate("c", 2.0)]
-    assert choose(rows) == {"onnxruntime-cpu": "b"}
+    assert chosen(candidate("a", 3.0), candidate("b", 1.0), candidate("c", 2.0)) == {"onnxruntime-cpu": "b"}
+
+
+def test_the_plainest_is_chosen_where_the_fastest_is_not_clearly_faster() -> None:
+    rows = (candidate("fp32", 1.01), candidate("native", 1.0), candidate("int8", 1.005))
+    assert chosen(*rows) == {"onnxruntime-cpu": "fp32"}
+
+
+def test_a_plain_one_that_is_clearly_slower_is_passed_over() -> None:
+    rows = (candidate("fp32", 1.5), candidate("native", 1.01), candidate("int8", 1.0))
+    assert chosen(*rows) == {"onnxruntime-cpu": "native"}
 
 
 @pytest.mark.parametrize("status", ["failed", "not_run"])
 def test_what_did_not_pass_is_not_chosen_however_fast(status: str) -> None:
-    assert choose([candidate("fast", 1.0, status=status), candidate("slow", 9.0)]) == {"onnxruntime-cpu": "slow"}
-    assert choose([candidate("fast", 1.0, status=status)]) == {}
+    assert chosen(candidate("fast", 1.0, status=status), candidate("slow", 9.0)) == {"onnxruntime-cpu": "slow"}
+    assert chosen(candidate("fast", 1.0, status=status)) == {}
 
 
 def test_each_target_has_its_own_choice() -> None:
-    rows = [candidate("a", 3.0), candidate("b", 1.0, target="tensorrt"), candidate("c", 2.0)]
-    assert choose(rows) == {"onnxruntime-cpu": "c", "tensorrt": "b"}
+    rows = (candidate("a", 3.0), candidate("b", 1.0, target="tensorrt"), candidate("c", 2.0))
+    assert chosen(*rows) == {"onnxruntime-cpu": "c", "tensorrt": "b"}
 
 
 def test_a_candidate_without_latency_comes_last_but_before_none() -> None:
-    assert choose([candidate("unmeasured", None), candidate("slow", 1e6)]) == {"onnxruntime-cpu": "slow"}
-    assert choose([candidate("unmeasured", None)]) == {"onnxruntime-cpu": "unmeasured"}
+    assert chosen(candidate("unmeasured", None), candidate("slow", 1e6)) == {"onnxruntime-cpu": "slow"}
+    assert chosen(candidate("unmeasured", None)) == {"onnxruntime-cpu": "unmeasured"}
 
 
 def test_of_two_equally_fast_the_first_is_chosen() -> None:
-    assert choose([candidate("first", 1.0), candidate("second", 1.0)]) == {"onnxruntime-cpu": "first"}
+    assert chosen(candidate("first", 1.0), candidate("second", 1.0)) == {"onnxruntime-cpu": "first"}
 
 
 # -- budget ----------------------------------------------------------------------------------------------------------
