@@ -12,6 +12,7 @@ from attn_deploy import bundle as bundles
 from attn_deploy import environment, loading, runtimes
 from attn_deploy.accuracy import Run
 from attn_deploy.errors import UsageError
+from attn_deploy.extras import require_export
 from attn_deploy.inputs import ExampleInput, make_feeds
 from attn_deploy.latency import System, measure
 from attn_deploy.progress import Progress, Silent
@@ -158,6 +159,7 @@ def _peers(
     examples: Sequence[ExampleInput], dims: Mapping[str, DimBounds],
 ) -> tuple[Sequence[ExampleInput], dict[str, Run]]:  # fmt: skip
     """The source's inputs, and the functions that run it by the peer's name."""
+    require_export()
     import torch
 
     from attn_deploy.export.build import plain_model

@@ -12,6 +12,7 @@ import msgspec
 from attn_deploy import bundle as bundles
 from attn_deploy import loading, runtimes
 from attn_deploy.bundle import open_bundle
+from attn_deploy.extras import require_export
 from attn_deploy.inputs import ExampleInput, make_feeds
 from attn_deploy.pipeline import site_entries
 from attn_deploy.readback import dtype_shares, site_runs
@@ -97,6 +98,7 @@ def _count(names: Iterable[str]) -> dict[str, int]:
 def _inspect_source(
     text: str, weights: str | None, arguments: dict[str, object], inputs: Sequence[ExampleInput]
 ) -> Inspection:
+    require_export()
     from attn_deploy.export.capture import capture
     from attn_deploy.export.recognize import recognize
     from attn_deploy.export.rewrite import rewrite

@@ -1,4 +1,4 @@
-"""source -> captured model -> sites -> canonical ONNX -> candidates -> parity, accuracy, latency -> choice -> bundle."""
+"""source -> captured model -> sites -> canonical ONNX -> candidates -> parity, accuracy, latency -> choice, bundle."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from attn_deploy.errors import (
     UnavailableError,
     UsageError,
 )
+from attn_deploy.extras import require_export
 from attn_deploy.inputs import ExampleInput, make_feeds
 from attn_deploy.latency import Measurement, System
 from attn_deploy.manifest import SCHEMA_VERSION, Graph, Manifest, Variant
@@ -93,6 +94,7 @@ def export_model(out: str | Path, options: ExportOptions, progress: Progress | N
     out, progress = Path(out), progress or Silent()
     bundles.check_free(out, force=options.force)
     unavailable = _check_targets(options)
+    require_export()
     from attn_deploy.export.sources import SourceRequest, load_source
 
     progress.stage("source")

@@ -65,7 +65,7 @@ class CaseParity(msgspec.Struct, frozen=True):
 
 
 class Parity(msgspec.Struct, frozen=True):
-    """`max_abs`, `max_rel`, `cosine`, `sqnr_db`: the worst of the judged cases. `top1_agreement`: on the judged data."""
+    """`max_abs`, `max_rel`, `cosine`, `sqnr_db`: worst of the judged cases. `top1_agreement`: on the judged data."""
 
     inputs: int
     max_abs: float

@@ -16,6 +16,7 @@ from attn_deploy.bundle import Bundle, open_bundle
 from attn_deploy.choice import Budget, choose
 from attn_deploy.data import open_data
 from attn_deploy.errors import BundleError, ParityError, UsageError
+from attn_deploy.extras import require_export
 from attn_deploy.inputs import make_feeds
 from attn_deploy.manifest import Graph
 from attn_deploy.parity import parity_cases
@@ -145,6 +146,7 @@ def _reference(bundle: Bundle, graph: Graph, text: str | None, weights: str | No
         return session.run, "its own portable FP32 model"
     if (Path(text) / bundles.MANIFEST).is_file():
         return loading.load(text, threads=threads).run, text
+    require_export()
     from attn_deploy.export.capture import capture
     from attn_deploy.export.sources import SourceRequest, load_source
 

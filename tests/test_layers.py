@@ -34,7 +34,7 @@ LAYERS: list[set[str]] = [
     {"demo.model", "latency", "manifest", "parity", "readback"},
     {"demo", "demo.blocks", "environment", "inputs", "progress"},
     {"memory", "ops", "preprocess", "receipt", "session"},
-    {"target"},
+    {"extras", "target"},
     {"errors"},
 ]
 """A module imports from the layers below its own. A name stands for all modules below it that have no other place."""

@@ -18,7 +18,7 @@ from attn_deploy.export.graph import aten
 
 
 class Editor:
-    """A copy of a program under rewriting. Nodes are those of the original; `at` gives their counterpart in the copy."""
+    """A copy of a program under rewriting. Nodes are named by the original; `at` gives their place in the copy."""
 
     def __init__(self, program: ExportedProgram) -> None:
         copied: dict[Node, Node] = {}

@@ -1,0 +1,18 @@
+"""Runs every benchmark in turn, each alone: parallel jobs spoil timings. Results go to bench/results/."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+CASES = ("export_cost", "startup", "session_overhead", "against_plain")
+
+
+def main() -> int:
+    here = Path(__file__).resolve().parent
+    return max(subprocess.run([sys.executable, str(here / f"{case}.py")], check=False).returncode for case in CASES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
