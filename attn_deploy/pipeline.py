@@ -15,10 +15,6 @@ from attn_deploy.built import Built
 from attn_deploy.choice import Budget, choose
 from attn_deploy.data import Dataset, Split, open_data, require_labels
 from attn_deploy.errors import (
-    AttnDeployError,
-    NotAsAskedError,
-    ParityError,
-    TooSlowError,
     UnavailableError,
     UsageError,
 )
@@ -35,6 +31,7 @@ from attn_deploy.receipt import CandidateEntry, DataEntry, Peer, Receipt, SiteEn
 from attn_deploy.runtimes import native
 from attn_deploy.session import Array, DimBounds, TensorSpec
 from attn_deploy.target import Precision, Target
+from attn_deploy.verdict import require_as_asked
 
 if TYPE_CHECKING:
     from attn_deploy.export.capture import CapturedModel
@@ -108,7 +105,7 @@ def export_model(out: str | Path, options: ExportOptions, progress: Progress | N
         work.prove(proofs, rewritten.captured, split)
         measurement = work.measure(proofs, rewritten.captured)
         receipt = work.receipt(rewritten, canonical, proofs, not_run, measurement)
-        _require(options, receipt, proofs)
+        require_as_asked(options, receipt, proofs)
         progress.stage("bundle")
         work.write(folder, canonical, proofs, receipt)
     return ExportResult(out, receipt)
@@ -398,43 +395,6 @@ def site_entries(rewritten: RewrittenModel, canonical: CanonicalModel) -> tuple[
     for s in rewritten.skipped:
         entries.append(SiteEntry(str(s.kind), s.module, s.source_line, None, "skipped", str(s.reason), 0, 0))
     return tuple(entries)
-
-
-def _require(options: ExportOptions, receipt: Receipt, proofs: Sequence[Proof]) -> None:
-    """What was asked is what was built, or this raises and nothing is written."""
-    error = _verdict(options, receipt, proofs)
-    if error is not None and not (options.keep_best and isinstance(error, ParityError)):
-        error.receipt = receipt  # type: ignore[attr-defined]
-        raise error
-
-
-def _verdict(options: ExportOptions, receipt: Receipt, proofs: Sequence[Proof]) -> AttnDeployError | None:
-    for precision in options.precisions:
-        tried = [p for p in proofs if p.built.precision is precision]
-        if not tried or any(p.fault is None for p in tried):
-            continue
-        proof = tried[0]
-        if proof.asked_fault is not None and options.precisions_asked:
-            return NotAsAskedError(
-                f"{precision} was asked and is not what was built", where=proof.built.id, got=proof.asked_fault,
-                expected="90 % or more",
-                next_step="see the exempt layers in the receipt, or leave out this --precision",
-            )  # fmt: skip
-        if options.precisions_asked or precision is Precision.FP32:
-            return ParityError(
-                f"the {precision} candidate is not the same model", where=proof.built.id, got=proof.fault,
-                next_step="loosen the budget (--min-sqnr, --min-agreement, --max-drop), leave layers out with "
-                "--exclude MODULE, or keep the best with --keep-best",
-            )  # fmt: skip
-    if options.max_latency_ms is not None:
-        for target, chosen in receipt.chosen.items():
-            latency = next(c.latency for c in receipt.candidates if c.id == chosen)
-            if latency is not None and latency.p50_ms > options.max_latency_ms:
-                return TooSlowError(
-                    f"the fastest candidate for {target} is too slow", where=chosen, got=f"{latency.p50_ms:.2f} ms",
-                    expected=f"{options.max_latency_ms:g} ms at most", next_step="more --threads, or another precision",
-                )  # fmt: skip
-    return None
 
 
 __all__ = ["ExportOptions", "ExportResult", "export_model"]

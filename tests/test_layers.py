@@ -28,6 +28,7 @@ LAYERS: list[set[str]] = [
     {"report.listings"},
     {"benchmarking", "cli_progress", "cli_run", "doctor", "inspection", "validation"},
     {"loading", "pipeline", "run_alone"},
+    {"verdict"},
     {"proving"},
     {"export", "runtimes"},
     {"accuracy", "built", "bundle", "choice", "data", "demo.ablation", "demo.train", "report"},

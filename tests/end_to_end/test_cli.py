@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,9 +137,10 @@ def test_bad_input_is_told_with_what_was_got_and_expected_and_writes_nothing(
     out = tmp_path / "out"
     ran = attn_deploy_cli("export", *arguments(tmp_path), "-o", out / "x.attn")
     assert ran.code == 2, ran.err
+    told = " ".join(ran.err.split())
     for part in parts:
-        assert part in ran.err
-    assert "Traceback" not in ran.err
+        assert part in told
+    assert "Traceback" not in told
     assert not out.exists()
 
 
@@ -238,9 +238,7 @@ def test_an_unreadable_image_among_many_is_passed_over_and_listed(attn_deploy_cl
     assert data["calibration"] + data["judgement"] == 23
 
 
-def test_validate_of_a_whole_bundle_compares_it_with_its_portable_model(
-    attn_deploy_cli: Cli, demo_bundle: Path
-) -> None:
+def test_validate_compares_a_bundle_with_its_own_portable_model(attn_deploy_cli: Cli, demo_bundle: Path) -> None:
     ran = attn_deploy_cli("validate", demo_bundle, "--json")
     assert ran.code == 0, ran.out
     assert ran.json["reference"] == "its own portable FP32 model"
@@ -339,8 +337,9 @@ def test_run_labels_images_and_writes_the_outputs(attn_deploy_cli: Cli, demo_bun
     assert ran.code == 0
     (result,) = ran.json
     assert result["input"] == str(image)
-    assert [p["label"] for p in result["predictions"]][0] == "7"
-    assert len(result["predictions"]) == 2
+    best, second = result["predictions"]
+    assert best["label"] == "7"
+    assert best["score"] > second["score"]
     with np.load(tmp_path / "out.npz") as saved:
         assert saved["output"].argmax() == 7
 
@@ -420,9 +419,9 @@ def test_report_writes_the_receipt_as_one_page(attn_deploy_cli: Cli, demo_bundle
         assert site in page
 
 
-def test_progress_goes_to_stderr_and_the_receipt_to_stdout(tmp_path: Path) -> None:
-    program = [sys.executable, "-m", "attn_deploy.cli"]
-    done = subprocess.run([*program, "inspect", "demo", "--json"], capture_output=True, text=True, cwd=tmp_path)
+def test_progress_goes_to_stderr_and_the_document_to_stdout(demo_bundle: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "attn_deploy.cli", "inspect", str(demo_bundle), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0
     assert len(json.loads(done.stdout)["sites"]) == 4
     assert "inspecting" in done.stderr
@@ -474,9 +473,9 @@ def test_a_user_s_model_with_two_inputs_goes_from_source_to_bundle(attn_deploy_c
         np.testing.assert_allclose(value, expected[name].numpy(), atol=1e-5)
 
 
-def test_help_is_quick_since_it_imports_no_torch() -> None:
+def test_help_does_without_torch() -> None:
     code = "import sys; from attn_deploy import cli; cli.main(['--help']); sys.exit('torch' in sys.modules)"
-    began_s = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
-    assert time.perf_counter() - began_s < 10
+    for command in ("export", "inspect", "validate", "bench", "run", "report", "doctor"):
+        assert command in done.stdout
