@@ -92,7 +92,7 @@ class Editor:
         """The rewritten program: permutations composed, dead code gone, checked by torch.export's verifier."""
         _compose_permutations(self.graph)
         _compose_reshapes(self.graph)
-        self.graph.eliminate_dead_code()
+        self.graph.eliminate_dead_code(_must_stay)
         self.graph.lint()
         module = GraphModule(self._program.graph_module, self.graph)
         module.meta.update(self._program.graph_module.meta)
@@ -107,6 +107,11 @@ class Editor:
             constants=self._constants,
             verifiers=self._program.verifiers,
         )
+
+
+def _must_stay(node: Node) -> bool:
+    """torch.fx keeps every scaled_dot_product_attention for the random numbers that its dropout might draw."""
+    return node.is_impure() and node.target is not aten.scaled_dot_product_attention.default
 
 
 def _permutation(node: Node) -> list[int] | None:

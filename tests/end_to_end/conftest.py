@@ -52,7 +52,7 @@ def short_latency() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def attn_deploy_cli() -> Callable[..., Ran]:
     return run_cli
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -170,9 +171,9 @@ def test_an_attention_becomes_its_operator_at_its_module_and_line(case: str, cap
     rewritten = rewrite(model, recognize(model))
     assert rewritten.skipped == ()
     (site,) = rewritten.sites
-    mix, _, operator = ATTENTIONS[case]
+    _, _, operator = ATTENTIONS[case]
     assert (site.operator, site.module, site.kind) == (operator, "attention", Kind.SELF_ATTENTION)
-    assert site.source_line.endswith(f"test_recognize.py:{own_line(mix, 'softmax' if 'written' in case else 'scaled')}")
+    assert site.source_line.endswith(f"test_recognize.py:{own_line(Layer.forward, 'self.mix(')}")
 
 
 @pytest.mark.parametrize("case", ATTENTIONS)
@@ -343,7 +344,7 @@ def test_a_gate_becomes_its_operator_and_computes_the_same(case: str, captured: 
     rewritten = rewrite(model, recognize(model))
     assert rewritten.skipped == ()
     assert [(s.operator, s.kind) for s in rewritten.sites] == [(operator, kind)]
-    assert rewritten.sites[0].source_line.endswith(f"test_recognize.py:{own_line(gate, 'y * ')}")
+    assert rewritten.sites[0].source_line.endswith(f"test_recognize.py:{own_line(Gated.forward, 'self.gate(')}")
     feeds = make_feeds(model.inputs, batch=3, seed=5)
     got = run(rewritten.program, {k: torch.from_numpy(v) for k, v in feeds.items()})
     assert sqnr_db(model.reference(feeds)["output"], got.outputs[0].numpy()) > 100
@@ -407,9 +408,7 @@ def test_the_captured_model_stays_as_it_was(captured: Capture) -> None:
     assert str(model.program.graph) == before
 
 
-def test_a_site_that_gives_other_numbers_is_undone_and_said(captured: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
+def test_a_site_that_gives_other_numbers_is_undone_and_said(captured: Capture) -> None:
     model = captured(TwoOfThem(), f"x=1x{TOKENS}x{DIM}")
     findings = recognize(model)
     wrong = findings.sites[0]
