@@ -124,7 +124,7 @@ def export(
         return
     console = Console()
     _print_receipt(result.receipt, console)
-    console.print(f"\nWrote [bold]{result.path}[/bold]. Next: attn-deploy run {result.path} IMAGE", highlight=False)
+    console.print(f"\nWrote [bold]{result.path}[/bold]. Next: attn-deploy run {result.path} INPUT", highlight=False)
 
 
 @app.command()

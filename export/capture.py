@@ -57,7 +57,7 @@ def capture(source: LoadedSource, dims: Mapping[str, DimBounds]) -> CapturedMode
     path = _PathTracker(module)
     with torch.no_grad(), path.tracking(), _as_capture_error(path):
         example = module(**feeds)
-    outputs = output_names(example)
+    outputs = _apart(output_names(example), source.inputs)
     shapes = None
     if dims:
         dim = batch_dim(dims["batch"])
@@ -94,7 +94,7 @@ def _from_program(source: LoadedSource, program: ExportedProgram) -> CapturedMod
     assert kwargs is not None
     with torch.no_grad():
         example = call(_tensors(make_feeds(source.inputs, batch=EXAMPLE_BATCH if dims else None, seed=0)))
-    outputs = output_names(example)
+    outputs = _apart(output_names(example), source.inputs)
 
     def reference(feeds: Mapping[str, Array]) -> dict[str, Array]:
         with torch.no_grad():
@@ -158,6 +158,12 @@ def output_names(example: Any) -> tuple[str, ...]:
             expected="a tensor, or a tuple, dict or dataclass of tensors",
         )
     return tuple(names)
+
+
+def _apart(outputs: tuple[str, ...], inputs: tuple[ExampleInput, ...]) -> tuple[str, ...]:
+    """ONNX has one name space: an output that is called like an input becomes `NAME_output`."""
+    taken = {i.name for i in inputs}
+    return tuple(f"{name}_output" if name in taken else name for name in outputs)
 
 
 def _eager(module: Callable[..., Any], outputs: tuple[str, ...]) -> Reference:

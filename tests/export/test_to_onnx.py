@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attn_deploy.export.capture import CapturedModel
 from attn_deploy.export.lower import onnxruntime_cpu
 from attn_deploy.export.recognize import recognize
 from attn_deploy.export.rewrite import RewrittenModel, rewrite
@@ -171,3 +172,11 @@ def test_a_site_alone_shows_a_fault_of_its_own_and_none_of_its_neighbour(made: M
         distances[case.module] = sqnr_db(case.expected, got)
     assert distances["gate"] > 100
     assert distances["blocks.0"] < 60
+
+
+def test_an_output_that_is_called_like_an_input_gets_a_name_of_its_own(captured: Callable[..., CapturedModel]) -> None:
+    class Echo(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"x": x * 2, "y": x + 1}
+
+    assert captured(Echo(), "x=1x3").outputs == ("x_output", "y")
