@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import shlex
 import sys
@@ -15,10 +14,10 @@ import typer
 from rich.console import Console
 
 from attn_deploy.choice import Budget
+from attn_deploy.cli_arguments import batch_sizes, dynamic_dims, fused_sites, source_arguments, split_values
 from attn_deploy.cli_progress import progress_on
-from attn_deploy.errors import AttnDeployError, UsageError
+from attn_deploy.errors import AttnDeployError
 from attn_deploy.inputs import parse_input
-from attn_deploy.session import DimBounds
 from attn_deploy.target import Precision, Target, parse_precision, parse_target
 
 app = typer.Typer(
@@ -59,7 +58,10 @@ def export(
     weights: Weights = None,
     source_arg: SourceArgs = None,
     input_: Inputs = None,
-    dynamic: Annotated[str, typer.Option(help="batch, batch=MIN:MAX, or none.")] = "batch",
+    dynamic: Annotated[
+        list[str] | None,
+        typer.Option(help="batch or sequence, each perhaps with =MIN:MAX; or none [default: batch]."),
+    ] = None,
     target: Annotated[list[str] | None, typer.Option(help="Where it shall run [default: what this host has].")] = None,
     precision: Annotated[
         list[str] | None, typer.Option(help="fp32, fp16 (storage only on a CPU) or int8 [default: fp32 and int8].")
@@ -74,6 +76,9 @@ def export(
     max_drop: MaxDrop = None,
     min_sqnr: MinSqnr = None,
     keep_best: Annotated[bool, typer.Option("--keep-best", help="Write the bundle though a budget is missed.")] = False,
+    require_fused: Annotated[
+        str | None, typer.Option(metavar="N|all", help="Least number of attention sites that run as one kernel.")
+    ] = None,
     max_latency_ms: Annotated[float | None, typer.Option(min=0.0)] = None,
     allow_unproven: Annotated[
         bool, typer.Option("--allow-unproven", help="Write targets that cannot run here, as not run.")
@@ -89,11 +94,11 @@ def export(
     options = ExportOptions(
         source=source,
         weights=weights,
-        source_args=_source_args(source_arg),
+        source_args=source_arguments(source_arg),
         inputs=tuple(parse_input(text) for text in input_ or ()),
-        dims=_dims(dynamic),
-        targets=tuple(parse_target(t) for t in _split(target)) or (Target.ONNXRUNTIME_CPU,),
-        precisions=tuple(parse_precision(p) for p in _split(precision)) or (Precision.FP32, Precision.INT8),
+        dims=dynamic_dims(dynamic),
+        targets=tuple(parse_target(t) for t in split_values(target)) or (Target.ONNXRUNTIME_CPU,),
+        precisions=tuple(parse_precision(p) for p in split_values(precision)) or (Precision.FP32, Precision.INT8),
         precisions_asked=bool(precision),
         exclude=tuple(exclude or ()),
         data=data,
@@ -103,6 +108,7 @@ def export(
         seed=seed,
         budget=Budget(min_agreement, max_drop, min_sqnr),
         keep_best=keep_best,
+        require_fused=fused_sites(require_fused),
         max_latency_ms=max_latency_ms,
         allow_unproven=allow_unproven,
         opset=opset,
@@ -134,16 +140,23 @@ def inspect(
     source_arg: SourceArgs = None,
     input_: Inputs = None,
     all_sites: Annotated[bool, typer.Option("--all-sites", help="A row for every site.")] = False,
+    heatmap: Annotated[
+        str | None, typer.Option(metavar="IMAGE", help="Draw the attention weights on this image, a PNG per site.")
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the PNG files.")] = Path("heatmaps"),
     json: Json = False,
 ) -> None:
     """Show the attention of a source or bundle, and what runs each of it."""
+    from attn_deploy.inspection import Drawing
     from attn_deploy.inspection import inspect as inspect_item
 
     with progress_on(_err()) as progress:
         progress.stage("inspecting")
         found = inspect_item(
-            item, weights=weights, arguments=_source_args(source_arg), inputs=[parse_input(t) for t in input_ or ()]
-        )
+            item, weights=weights, arguments=source_arguments(source_arg),
+            inputs=[parse_input(t) for t in input_ or ()],
+            drawing=None if heatmap is None else Drawing(heatmap, out),
+        )  # fmt: skip
     if json:
         _print_json(found)
         return
@@ -159,7 +172,11 @@ def validate(
         str | None, typer.Option(help="A source or another bundle [default: the bundle's portable FP32 model].")
     ] = None,
     weights: Weights = None,
+    source_arg: SourceArgs = None,
     data: DataOption = None,
+    localize: Annotated[
+        bool, typer.Option("--localize", help="Compare block by block, and name the first module that is wrong.")
+    ] = False,
     eval_samples: Annotated[int, typer.Option(min=1)] = 200,
     min_agreement: MinAgreement = None,
     max_drop: MaxDrop = None,
@@ -173,7 +190,8 @@ def validate(
 
     with progress_on(_err()) as progress:
         validation = validate_bundle(
-            bundle, reference=reference, weights=weights, data=data, eval_samples=eval_samples, threads=threads,
+            bundle, reference=reference, weights=weights, arguments=source_arguments(source_arg), data=data,
+            localize=localize, eval_samples=eval_samples, threads=threads,
             budget=Budget(min_agreement, max_drop, min_sqnr), progress=progress,
         )  # fmt: skip
     if json and validation.passed:
@@ -202,8 +220,8 @@ def bench(
 
     with progress_on(_err()) as progress:
         result = benchmark(
-            items, against=[] if against == "none" else _split([against]), batches=_numbers(batch), threads=threads,
-            seconds=seconds, inputs=[parse_input(t) for t in input_ or ()], progress=progress,
+            items, against=[] if against == "none" else split_values([against]), batches=batch_sizes(batch),
+            threads=threads, seconds=seconds, inputs=[parse_input(t) for t in input_ or ()], progress=progress,
         )  # fmt: skip
     if csv is not None:
         csv.write_text(benchmark_csv(result))
@@ -267,49 +285,6 @@ def doctor(json: Json = False) -> None:
         raise typer.Exit(6)
 
 
-def _split(values: list[str] | None) -> list[str]:
-    """Options may be repeated, or hold several values with commas."""
-    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
-
-
-def _numbers(text: str) -> list[int]:
-    parts = _split([text])
-    if not parts or not all(p.isdigit() and int(p) > 0 for p in parts):
-        raise UsageError("batch sizes are not understood", got=text, expected="positive numbers, for example 1,8")
-    return [int(p) for p in parts]
-
-
-def _source_args(values: list[str] | None) -> dict[str, Any]:
-    """`k=v` pairs; v is a Python literal where it is one, else text."""
-    arguments: dict[str, Any] = {}
-    for text in values or ():
-        key, equals, value = text.partition("=")
-        if not equals or not key.isidentifier():
-            raise UsageError("a source argument is not understood", got=text, expected="NAME=VALUE")
-        try:
-            arguments[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            arguments[key] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
-    return arguments
-
-
-def _dims(text: str) -> dict[str, DimBounds]:
-    name, _, bounds = text.partition("=")
-    if text == "none":
-        return {}
-    low, _, high = bounds.partition(":")
-    try:
-        found = DimBounds(int(low or 1), int(high) if high else None)
-    except ValueError:
-        found = DimBounds(0)
-    if name != "batch" or found.min < 1 or (found.max is not None and found.max < max(2, found.min)):
-        raise UsageError(
-            "the dynamic dimension is not understood", got=text,
-            expected="batch, batch=MIN:MAX with 1 <= MIN <= MAX and MAX of at least 2, or none",
-        )  # fmt: skip
-    return {"batch": found}
-
-
 def _err() -> Console:
     return Console(stderr=True)
 
@@ -326,9 +301,9 @@ def _print_receipt(receipt: Any, console: Console) -> None:
 
 def _show_error(error: AttnDeployError, as_json: bool) -> None:
     if as_json:
-        receipt = getattr(error, "receipt", None)
         details = {"what": error.what, **dict(error.details()), "exit_code": error.exit_code}
-        _print_json({"error": details} if receipt is None else {"error": details, "receipt": receipt})
+        proof = {name: getattr(error, name) for name in ("receipt", "validation") if hasattr(error, name)}
+        _print_json({"error": details, **proof})
         return
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print("error:", error.what, style="bold red", markup=False)

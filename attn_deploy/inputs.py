@@ -69,18 +69,60 @@ def override(inputs: Sequence[ExampleInput], given: Sequence[ExampleInput]) -> t
 
 
 def make_feeds(
-    inputs: Sequence[ExampleInput], *, batch: int | None, seed: int, magnitude: float = 1.0
-) -> dict[str, Array]:
-    """Feeds by name, deterministic in `seed`. `batch` replaces the first dimension; None keeps it.
+    inputs: Sequence[ExampleInput], *, batch: int | None, seed: int, magnitude: float = 1.0,
+    sequence: int | None = None,
+) -> dict[str, Array]:  # fmt: skip
+    """Feeds by name, deterministic in `seed`. `batch` replaces the first dimension, `sequence` the second one of the
+    inputs in `sequence_inputs`; None keeps it.
 
     `magnitude` is the standard deviation of float inputs.
     """
     rng = np.random.default_rng(seed)
+    along = sequence_inputs(inputs) if sequence is not None else ()
     feeds: dict[str, Array] = {}
     for item in inputs:
         shape = item.shape if batch is None or not item.shape else (batch, *item.shape[1:])
+        if sequence is not None and item.name in along:
+            shape = (shape[0], sequence, *shape[2:])
         feeds[item.name] = _draw(item, shape, rng, magnitude)
     return feeds
+
+
+def sequence_inputs(inputs: Sequence[ExampleInput]) -> tuple[str, ...]:
+    """Names of the inputs whose second dimension is the sequence.
+
+    Integers and booleans of rank 2 or more ([batch, sequence] token ids and masks), and with them every float input of
+    rank 2 or 3 that is as long as they are. Without integers: every float input of rank 3 ([batch, sequence, channels]).
+    Raises UsageError when there is none, or when they differ in length.
+    """
+    discrete = [i for i in inputs if i.dtype not in FLOATS and len(i.shape) >= 2]
+    lengths = {i.shape[1] for i in discrete}
+    floats = [i for i in inputs if i.dtype in FLOATS]
+    if discrete:
+        found = discrete + [i for i in floats if len(i.shape) in (2, 3) and i.shape[1] in lengths]
+    else:
+        found = [i for i in floats if len(i.shape) == 3]
+    if len({i.shape[1] for i in found}) > 1:
+        raise UsageError(
+            "the inputs have sequences of several lengths",
+            got=", ".join(i.describe() for i in found),
+            expected="one sequence length, as the second dimension of each of them",
+            next_step="give them one length with --input, or leave --dynamic sequence away: --dynamic batch",
+        )
+    if not found:
+        raise UsageError(
+            "no input has a sequence",
+            got=", ".join(i.describe() for i in inputs),
+            expected="an integer or boolean input [batch, sequence, ...], or a float one [batch, sequence, channels]",
+            next_step="export with --dynamic batch",
+        )
+    return tuple(i.name for i in inputs if i in found)
+
+
+def sequence_length(inputs: Sequence[ExampleInput]) -> int:
+    """The length of the example's sequence. Raises UsageError as `sequence_inputs` does."""
+    names = sequence_inputs(inputs)
+    return next(i.shape[1] for i in inputs if i.name == names[0])
 
 
 def _draw(item: ExampleInput, shape: tuple[int, ...], rng: np.random.Generator, magnitude: float) -> Array:

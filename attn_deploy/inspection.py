@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from attn_deploy import bundle as bundles
 from attn_deploy import loading, runtimes
-from attn_deploy.bundle import open_bundle
+from attn_deploy.bundle import Bundle, open_bundle
 from attn_deploy.extras import require_export
+from attn_deploy.heatmap import Heatmap, Subject, draw_heatmaps
 from attn_deploy.inputs import ExampleInput, make_feeds
-from attn_deploy.pipeline import site_entries
+from attn_deploy.intent import intent_of, site_entries
+from attn_deploy.manifest import Graph
+from attn_deploy.preprocess import load_image
 from attn_deploy.readback import dtype_shares, site_runs
-from attn_deploy.receipt import SiteEntry, SiteRun
+from attn_deploy.receipt import Intent, SiteEntry, SiteRun
 from attn_deploy.session import DimBounds, TensorSpec
 from attn_deploy.target import Target
 
@@ -36,6 +40,10 @@ class VariantInspection(msgspec.Struct, frozen=True):
     dtype_share: dict[str, float]
     weighted_dtype_share: dict[str, float]
     sites: tuple[SiteRun, ...]
+    implementations: dict[str, int] = {}
+    """What runs a site -> how many sites, read back."""
+    one_kernel: int = 0
+    """Sites that run as one kernel."""
 
 
 class Inspection(msgspec.Struct, frozen=True):
@@ -44,19 +52,33 @@ class Inspection(msgspec.Struct, frozen=True):
     outputs: tuple[TensorSpec, ...]
     sites: tuple[SiteEntry, ...]
     variants: tuple[VariantInspection, ...]
+    intent: Intent | None = None
+    """None for a bundle of an attn-deploy that did not record it."""
+    heatmaps: tuple[Heatmap, ...] = ()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Pictures of the attention on `image`, to be written into the folder `out`."""
+
+    image: str
+    out: Path
 
 
 def inspect(
     item: str | os.PathLike[str], *, weights: str | None = None, arguments: dict[str, object] | None = None,
-    inputs: Sequence[ExampleInput] = (),
+    inputs: Sequence[ExampleInput] = (), drawing: Drawing | None = None,
 ) -> Inspection:  # fmt: skip
-    """Looks into a bundle (and opens its variants), or captures a source and recognizes its attention."""
+    """Looks into a bundle (and opens its variants), or captures a source and recognizes its attention; with `drawing`
+    writes pictures of the weights as well."""
+    if drawing is not None:
+        load_image(drawing.image)  # a wrong path must not be told after the model was captured
     if (Path(item) / bundles.MANIFEST).is_file() or str(item).endswith(".attn"):
-        return _inspect_bundle(Path(item))
-    return _inspect_source(str(item), weights, arguments or {}, inputs)
+        return _inspect_bundle(Path(item), drawing)
+    return _inspect_source(str(item), weights, arguments or {}, inputs, drawing)
 
 
-def _inspect_bundle(path: Path) -> Inspection:
+def _inspect_bundle(path: Path, drawing: Drawing | None) -> Inspection:
     bundle = open_bundle(path)
     graph = loading.graph_of(bundle.manifest, None)
     receipt = bundle.receipt()
@@ -73,6 +95,7 @@ def _inspect_bundle(path: Path) -> Inspection:
         if reason is None:
             nodes = runtimes.read_back(target, files[0], feeds, library=variant.library is not None)
         everything, weighted = dtype_shares(nodes, [root for _, root in roots])
+        runs = site_runs(roots, nodes) if reason is None else ()
         variants.append(
             VariantInspection(
                 id=name,
@@ -85,10 +108,26 @@ def _inspect_bundle(path: Path) -> Inspection:
                 operators=_count(n.op_type for n in nodes),
                 dtype_share=everything,
                 weighted_dtype_share=weighted,
-                sites=site_runs(roots, nodes) if reason is None else (),
+                sites=runs,
+                implementations=_count(run.implementation for run in runs),
+                one_kernel=sum(run.one_kernel for run in runs),
             )
         )
-    return Inspection(bundle.manifest.source, graph.inputs, graph.outputs, receipt.sites, tuple(variants))
+    heatmaps: tuple[Heatmap, ...] = ()
+    if drawing is not None:
+        heatmaps = draw_heatmaps(_subject(bundle, graph, receipt.sites), drawing.image, drawing.out)
+    return Inspection(
+        bundle.manifest.source, graph.inputs, graph.outputs, receipt.sites, tuple(variants), receipt.intent, heatmaps
+    )
+
+
+def _subject(bundle: Bundle, graph: Graph, sites: Sequence[SiteEntry]) -> Subject:
+    require_export()
+    import onnx_ir as ir
+
+    canonical, portable = (ir.load(bundle.check(name)) for name in (bundles.CANONICAL, bundles.PORTABLE))
+    batch = graph.dims["batch"].min if "batch" in graph.dims else graph.examples[0].shape[0]
+    return Subject(canonical, portable, sites, bundle.manifest.preprocess, graph.examples, batch)
 
 
 def _count(names: Iterable[str]) -> dict[str, int]:
@@ -96,20 +135,28 @@ def _count(names: Iterable[str]) -> dict[str, int]:
 
 
 def _inspect_source(
-    text: str, weights: str | None, arguments: dict[str, object], inputs: Sequence[ExampleInput]
-) -> Inspection:
+    text: str, weights: str | None, arguments: dict[str, object], inputs: Sequence[ExampleInput],
+    drawing: Drawing | None,
+) -> Inspection:  # fmt: skip
     require_export()
     from attn_deploy.export.capture import capture
     from attn_deploy.export.recognize import recognize
     from attn_deploy.export.rewrite import rewrite
     from attn_deploy.export.sources import SourceRequest, load_source
-    from attn_deploy.export.to_onnx import to_onnx
+    from attn_deploy.export.to_onnx import portable, to_onnx
 
     source = load_source(text, SourceRequest("", weights, arguments, inputs))
     captured = capture(source, {"batch": DimBounds()})
     rewritten = rewrite(captured, recognize(captured))
     canonical = to_onnx(rewritten)
+    sites = site_entries(rewritten, canonical)
+    heatmaps: tuple[Heatmap, ...] = ()
+    if drawing is not None:
+        batch = 1 if captured.dims else captured.inputs[0].shape[0]
+        model = portable(canonical)
+        subject = Subject(canonical.model, model, sites, source.preprocess, captured.inputs, batch)
+        heatmaps = draw_heatmaps(subject, drawing.image, drawing.out)
     return Inspection(
-        f"{source.description} ({source.weights})", canonical.inputs, canonical.outputs,
-        site_entries(rewritten, canonical), (),
+        f"{source.description} ({source.weights})", canonical.inputs, canonical.outputs, sites, (),
+        intent_of(sites, rewritten), heatmaps,
     )  # fmt: skip

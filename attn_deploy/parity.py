@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from attn_deploy.inputs import FLOATS, ExampleInput, feeds_batch, make_feeds
+from attn_deploy.inputs import FLOATS, ExampleInput, feeds_batch, make_feeds, sequence_length
 from attn_deploy.receipt import CaseParity, Fidelity, Parity, SiteParity
-from attn_deploy.session import Array, DimBounds
+from attn_deploy.session import BATCH, SEQUENCE, Array, DimBounds
 
 FP32_MIN_SQNR_DB = 60.0
 FP32_MAX_REL = 1e-4
@@ -139,20 +139,45 @@ LARGE = 10.0
 """Standard deviation of the inputs in the case of large values."""
 
 
+def other_length(length: int, bounds: DimBounds) -> int:
+    """An odd sequence length inside the bounds, about half as long again as the example's; a shorter one where there
+    is no longer one."""
+    longer = bounds.within(length + length // 2 | 1)
+    return longer if longer > length else bounds.within(length // 2 | 1)
+
+
+def _sequence_cases(inputs: Sequence[ExampleInput], bounds: DimBounds, batch: int | None) -> Iterator[Case]:
+    """The shortest sequence, and a shorter and a longer one than the example, both odd where the bounds allow it."""
+    example = sequence_length(inputs)
+    lengths = {
+        "shortest sequence": bounds.min,
+        "shorter sequence": bounds.within(example // 2 | 1),
+        "longer sequence": bounds.within(example + example // 2 | 1),
+    }
+    tried = {example}
+    for seed, (name, length) in enumerate(lengths.items(), start=16):
+        if length not in tried:
+            tried.add(length)
+            feeds = make_feeds(inputs, batch=batch, seed=seed, sequence=length)
+            yield Case(name, feeds, typical=name != "shortest sequence")
+
+
 def parity_cases(inputs: Sequence[ExampleInput], dims: Mapping[str, DimBounds]) -> list[Case]:
-    """Normal inputs, and where the batch is dynamic a single sample and an odd number of them; large values; masks
-    that leave one token."""
-    bounds = dims.get("batch")
+    """Normal inputs, and where the batch is dynamic a single sample and an odd number of them; other lengths where the
+    sequence is; large values; masks that leave one token."""
+    bounds = dims.get(BATCH)
 
     def batch(size: int) -> int | None:
         if bounds is None:
             return None
-        return max(bounds.min, size if bounds.max is None else min(size, bounds.max))
+        return bounds.within(size)
 
     cases = [Case("normal", make_feeds(inputs, batch=batch(2), seed=11), typical=True)]
     if bounds is not None:
         cases.append(Case("single sample", make_feeds(inputs, batch=batch(1), seed=12), typical=True))
         cases.append(Case("odd batch", make_feeds(inputs, batch=batch(3), seed=13), typical=True))
+    if SEQUENCE in dims:
+        cases += _sequence_cases(inputs, dims[SEQUENCE], batch(2))
     if any(i.dtype in FLOATS for i in inputs):
         cases.append(
             Case("large values", make_feeds(inputs, batch=batch(2), seed=14, magnitude=LARGE), False, LARGE_SLACK_DB)

@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attn_deploy import bundle as bundles
-from attn_deploy import environment, proving, runtimes
+from attn_deploy import environment, localizing, proving, runtimes
 from attn_deploy.accuracy import Run, scores_output
 from attn_deploy.built import Built
 from attn_deploy.choice import Budget, choose
 from attn_deploy.data import Dataset, Split, open_data, require_labels
-from attn_deploy.errors import (
-    UnavailableError,
-    UsageError,
-)
+from attn_deploy.errors import UnavailableError, UsageError
 from attn_deploy.extras import require_export
 from attn_deploy.inputs import ExampleInput, make_feeds
+from attn_deploy.intent import intent_of, site_entries
 from attn_deploy.latency import Measurement, System
 from attn_deploy.manifest import SCHEMA_VERSION, Graph, Manifest, Variant
 from attn_deploy.parity import parity_cases
@@ -27,11 +25,11 @@ from attn_deploy.preprocess import read_preprocess, validate_preprocess
 from attn_deploy.progress import Progress, Silent
 from attn_deploy.proving import Proof
 from attn_deploy.receipt import SCHEMA_VERSION as RECEIPT_VERSION
-from attn_deploy.receipt import CandidateEntry, DataEntry, Peer, Receipt, SiteEntry
+from attn_deploy.receipt import CandidateEntry, DataEntry, Peer, Receipt
 from attn_deploy.runtimes import native
 from attn_deploy.session import Array, DimBounds, TensorSpec
 from attn_deploy.target import Precision, Target
-from attn_deploy.verdict import require_as_asked
+from attn_deploy.verdict import All, require_as_asked, require_fused
 
 if TYPE_CHECKING:
     from attn_deploy.export.capture import CapturedModel
@@ -68,6 +66,7 @@ class ExportOptions:
     seed: int = 0
     budget: Budget = field(default_factory=Budget)
     keep_best: bool = False
+    require_fused: int | All | None = None
     max_latency_ms: float | None = None
     allow_unproven: bool = False
     opset: int = 20
@@ -103,9 +102,10 @@ def export_model(out: str | Path, options: ExportOptions, progress: Progress | N
     with bundles.writing(out, force=options.force) as folder:
         proofs, not_run = work.build(folder, rewritten, canonical, split, unavailable)
         work.prove(proofs, rewritten.captured, split)
+        require_fused(options, site_entries(rewritten, canonical), proofs)
         measurement = work.measure(proofs, rewritten.captured)
         receipt = work.receipt(rewritten, canonical, proofs, not_run, measurement)
-        require_as_asked(options, receipt, proofs)
+        require_as_asked(options, receipt, proofs, lambda proof: work.locate(proof, folder, rewritten.captured, split))
         progress.stage("bundle")
         work.write(folder, canonical, proofs, receipt)
     return ExportResult(out, receipt)
@@ -256,6 +256,18 @@ class _Work:
         batch = captured.dims["batch"].min if captured.dims else None
         return make_feeds(captured.inputs, batch=batch, seed=31)
 
+    def locate(self, proof: Proof, folder: Path, captured: CapturedModel, split: Split | None) -> str:
+        """Where a candidate that failed parity went wrong first, on inputs on which it did."""
+        self.progress.stage("blocks")
+        real = None if split is None else lambda: next(iter(split.judgement.batches(DATA_BATCH))).feeds
+        case = localizing.telling_case(proof.cases, parity_cases(captured.inputs, captured.dims), real)
+        try:
+            probe = localizing.Probe(case.name, case.feeds, captured.reference(case.feeds))
+            found = localizing.localize(proof.built, localizing.own_graphs(folder), probe, threads=self.threads)
+        except Exception as error:  # what is to be told is that parity failed, whatever a broken model does in parts
+            return f"the module could not be found: {error}"
+        return found.verdict()
+
     def measure(self, proofs: Sequence[Proof], captured: CapturedModel) -> Measurement | None:
         """Latency of what passed, against eager PyTorch and plain ONNX Runtime in the same interleaved run; memory."""
         from attn_deploy.export.build import eager_system, plain_model
@@ -288,6 +300,7 @@ class _Work:
         warnings = [*self.warnings, environment.load_warning(self.host), environment.throttling_note(self.host)]
         if Precision.FP16 in self.options.precisions:
             warnings.append("fp16 on an x86 CPU is storage only: weights take half the file and are computed in FP32")
+        sites = site_entries(rewritten, canonical)
         return Receipt(
             schema_version=RECEIPT_VERSION,
             source=self.source.description,
@@ -297,11 +310,12 @@ class _Work:
             host={k: ", ".join(v) if isinstance(v, (list, tuple)) else v for k, v in self.host.items()},
             versions=environment.versions(),
             data=self._data_entry(),
-            sites=site_entries(rewritten, canonical),
+            sites=sites,
             candidates=tuple(candidates),
             peers=self._peers(measurement, chosen, batch),
             chosen=chosen,
             warnings=tuple(w for w in warnings if w),
+            intent=intent_of(sites, rewritten),
         )
 
     def _data_entry(self) -> DataEntry:
@@ -379,22 +393,6 @@ def _not_run(built: Built, reason: str) -> CandidateEntry:
         id=built.id, target=str(built.target), precision=str(built.precision), status="not_run", reason=reason,
         exempt=built.exempt, storage=built.storage,
     )  # fmt: skip
-
-
-def site_entries(rewritten: RewrittenModel, canonical: CanonicalModel) -> tuple[SiteEntry, ...]:
-    """Rows of the receipt: sites in the order of the graph, then what was skipped."""
-    entries = [
-        SiteEntry(
-            kind=str(s.kind), module=s.module, source_line=s.source_line, operator=s.operator,
-            status="recognized" if s.proven else "unproven",
-            reason=None if s.proven else "corrupting this site on purpose does not change the model's output",
-            flops=s.flops, bytes=s.bytes, node=s.node,
-        )
-        for s in canonical.sites
-    ]  # fmt: skip
-    for s in rewritten.skipped:
-        entries.append(SiteEntry(str(s.kind), s.module, s.source_line, None, "skipped", str(s.reason), 0, 0))
-    return tuple(entries)
 
 
 __all__ = ["ExportOptions", "ExportResult", "export_model"]

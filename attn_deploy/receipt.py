@@ -31,6 +31,35 @@ class SiteRun(msgspec.Struct, frozen=True):
     provider: str
     nodes: tuple[str, ...]
 
+    @property
+    def one_kernel(self) -> bool:
+        """Whether a single node of the session is the whole site."""
+        return len(self.nodes) == 1 and self.implementation.startswith(("native:", "ort:", "trt:"))
+
+
+class KindCount(msgspec.Struct, frozen=True):
+    """How many sites of one kind became one operator (None: those that were skipped)."""
+
+    kind: str
+    operator: str | None
+    recognized: int
+    unproven: int
+    skipped: int
+
+
+class Intent(msgspec.Struct, frozen=True):
+    """What the export set out to do for attention. Per sample, as export/work.py counts: `flops` is 2 x multiply-adds
+    of matrix products, convolutions and our operators; `bytes` what all operators read and write. `site_` is what of
+    it is inside recognized sites."""
+
+    kinds: tuple[KindCount, ...] = ()
+    flops: int = 0
+    bytes: int = 0
+    site_flops: int = 0
+    site_bytes: int = 0
+    flops_share: float = 0.0
+    bytes_share: float = 0.0
+
 
 class Fidelity(msgspec.Struct, frozen=True):
     """Distance of one set of outputs to its reference. `max_rel` is max_abs over the reference's largest magnitude."""
@@ -167,3 +196,4 @@ class Receipt(msgspec.Struct, frozen=True):
     peers: tuple[Peer, ...]
     chosen: dict[str, str]
     warnings: tuple[str, ...] = ()
+    intent: Intent | None = None

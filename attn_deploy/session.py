@@ -25,11 +25,24 @@ class TensorSpec(msgspec.Struct, frozen=True):
         return f"{self.name}: {self.dtype}[{', '.join(str(d) for d in self.shape)}]"
 
 
+BATCH = "batch"
+SEQUENCE = "sequence"
+"""The dimensions that can be dynamic, by their names in ONNX: the first one of every input, and the second one of
+those that hold a sequence of tokens."""
+
+
 class DimBounds(msgspec.Struct, frozen=True):
     """Inclusive bounds of a dynamic dimension; `max` None means unbounded."""
 
     min: int = 1
     max: int | None = None
+
+    def within(self, size: int) -> int:
+        """The size inside the bounds that is nearest to the given one."""
+        return max(self.min, size if self.max is None else min(size, self.max))
+
+    def describe(self) -> str:
+        return f"{self.min} to {'any' if self.max is None else self.max}"
 
 
 class Session(Protocol):
@@ -130,12 +143,7 @@ class FeedChecker:
         for dim, size in sizes.items():
             bounds = self._dims.get(dim)
             if bounds is not None and (size < bounds.min or (bounds.max is not None and size > bounds.max)):
-                raise FeedError(
-                    f"dimension {dim!r} is out of the bundle's bounds",
-                    got=size,
-                    expected=f"{bounds.min} to {'any' if bounds.max is None else bounds.max}",
-                    next_step=f"split the {dim}, or export again with --dynamic {dim}={bounds.min}:{size}",
-                )
+                self._raise_bounds(dim, size, bounds)
         return arrays
 
     def _raise_names(self, feeds: Mapping[str, Any]) -> None:
@@ -147,6 +155,19 @@ class FeedChecker:
             got=", ".join(sorted(str(k) for k in feeds)) or "an empty feed",
             expected="; ".join(s.describe() for s in self._specs),
             next_step=hint or f"add {', '.join(missing)}",
+        )
+
+    def _raise_bounds(self, dim: str, size: int, bounds: DimBounds) -> None:
+        if size < bounds.min:
+            change, low, high = "pad", max(size, 1), bounds.max
+        else:
+            change, low, high = "split" if dim == BATCH else "shorten", bounds.min, size
+        again = f"--dynamic {dim}={low}:{'' if high is None else high}"
+        raise FeedError(
+            f"dimension {dim!r} is out of the bundle's bounds",
+            got=size,
+            expected=bounds.describe(),
+            next_step=f"{change} the {dim}, or export again with {again}",
         )
 
     def _raise_shape(self, spec: TensorSpec, array: Array) -> None:

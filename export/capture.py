@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from attn_deploy.errors import CaptureError, UsageError
-from attn_deploy.export.graph import EXAMPLE_BATCH, aten
+from attn_deploy.export.dimensions import (
+    bounds_of_the_model,
+    dims_of_program,
+    dynamic_shapes,
+    longest_by_tables,
+    require_asked_bounds,
+    require_example_within,
+)
+from attn_deploy.export.einsum import as_matrix_product, is_matrix_product
+from attn_deploy.export.graph import EXAMPLE_BATCH, ancestors, aten, module_path, source_line
+from attn_deploy.export.module_tracker import ModuleTracker, first_line
 from attn_deploy.export.sources.base import LoadedSource
-from attn_deploy.inputs import ExampleInput, make_feeds
-from attn_deploy.session import Array, DimBounds
+from attn_deploy.inputs import ExampleInput, make_feeds, sequence_length
+from attn_deploy.session import BATCH, SEQUENCE, Array, DimBounds
 
 Reference = Callable[[Mapping[str, Array]], dict[str, Array]]
 """The original model in eager PyTorch: feeds by input name -> outputs by output name."""
@@ -27,7 +39,7 @@ Reference = Callable[[Mapping[str, Array]], dict[str, Array]]
 class CapturedModel:
     """`program` is functional, its views are reshapes; `outputs` are named as the model names them.
 
-    `dims` holds the dynamic dimensions: `batch`, or nothing.
+    `dims` holds the dynamic dimensions, `batch` and `sequence`, with the bounds that the model itself has.
     """
 
     program: ExportedProgram
@@ -36,6 +48,7 @@ class CapturedModel:
     dims: dict[str, DimBounds]
     reference: Reference
     module: nn.Module
+    example_batch: int = EXAMPLE_BATCH
 
     def compiled_reference(self) -> Reference:
         """The reference under torch.compile, as a peer to measure."""
@@ -43,47 +56,83 @@ class CapturedModel:
 
     @property
     def batch(self) -> int | None:
-        """The batch size for examples: EXAMPLE_BATCH when it is dynamic, None (as the inputs say) when it is not."""
-        return EXAMPLE_BATCH if self.dims else None
+        """The batch size of the graph's example: None (as the inputs say) when it is not dynamic."""
+        return self.example_batch if BATCH in self.dims else None
+
+    @property
+    def sequence(self) -> int | None:
+        """The sequence length of the graph's example: None (as the inputs say) when it is not dynamic."""
+        return sequence_length(self.inputs) if SEQUENCE in self.dims else None
 
 
 def capture(source: LoadedSource, dims: Mapping[str, DimBounds]) -> CapturedModel:
-    """Traces the model with torch.export. Raises CaptureError with the module path and source line that stopped it."""
+    """Traces the model with torch.export. Raises CaptureError with the module path and source line that stopped it.
+
+    A sequence without an upper bound gets the model's own one, where there is one.
+    """
     if isinstance(source.module, ExportedProgram):
         return _from_program(source, source.module)
-    batch = EXAMPLE_BATCH if dims else None
+    require_example_within(source.inputs, dims)
+    batch = EXAMPLE_BATCH if BATCH in dims else None
     feeds = _tensors(make_feeds(source.inputs, batch=batch, seed=0))
     module = source.module
-    path = _PathTracker(module)
-    with torch.no_grad(), path.tracking(), _as_capture_error(path):
+    tracker = ModuleTracker(module)
+    with (
+        torch.no_grad(),
+        tracker.tracking(),
+        _as_capture_error(tracker, "the model does not run on its example", INPUT),
+    ):
         example = module(**feeds)
     outputs = _apart(output_names(example), source.inputs)
-    shapes = None
-    if dims:
-        dim = batch_dim(dims["batch"])
-        shapes = {item.name: {0: dim} for item in source.inputs}
-    with torch.no_grad(), path.tracking(), _as_capture_error(path):
-        program = torch.export.export(module, (), feeds, dynamic_shapes=shapes, strict=False)
-    _require_dynamic_batch(program, dims)
-    return CapturedModel(normalize(program), source.inputs, outputs, dict(dims), _eager(module, outputs), module)
+    with (
+        torch.no_grad(),
+        tracker.tracking(),
+        _as_capture_error(tracker, "the model cannot be traced", TRACEABLE),
+    ):
+        program, found = _traced(module, feeds, source.inputs, dims)
+    _require_dynamic(program, found)
+    program = normalize(program)
+    _require_sizes_from_shapes(program)
+    _require_no_randomness(program)
+    if SEQUENCE in found:
+        found = _bounded_by_tables(program, found)
+    return CapturedModel(program, source.inputs, outputs, found, _eager(module, outputs), module)
 
 
-def batch_dim(bounds: DimBounds) -> Any:
-    """The batch as torch.export's dynamic dimension."""
-    return Dim("batch", min=bounds.min) if bounds.max is None else Dim("batch", min=bounds.min, max=bounds.max)
+def _traced(
+    module: nn.Module, feeds: Mapping[str, Tensor], inputs: Sequence[ExampleInput], dims: Mapping[str, DimBounds]
+) -> tuple[ExportedProgram, dict[str, DimBounds]]:
+    """The program, and the dynamic dimensions with the model's own bounds of the sequence."""
+
+    def trace(bounds: Mapping[str, DimBounds]) -> ExportedProgram:
+        shapes = dynamic_shapes(inputs, bounds) if bounds else None
+        with redirect_stderr(io.StringIO()):  # torch prints the graph beside the error that it raises
+            return torch.export.export(module, (), dict(feeds), dynamic_shapes=shapes, strict=False)
+
+    try:
+        return trace(dims), dict(dims)
+    except Exception as error:
+        possible = bounds_of_the_model(dims, str(error))
+        if possible is None or possible == dims[SEQUENCE]:
+            raise
+    require_asked_bounds(dims, possible)
+    narrowed = {**dims, SEQUENCE: possible}
+    return trace(narrowed), narrowed
+
+
+def _bounded_by_tables(program: ExportedProgram, dims: Mapping[str, DimBounds]) -> dict[str, DimBounds]:
+    bounds, longest = dims[SEQUENCE], longest_by_tables(program)
+    if longest is None or (bounds.max is not None and bounds.max <= longest):
+        return dict(dims)
+    possible = DimBounds(bounds.min, longest)
+    require_asked_bounds(dims, possible)
+    return {**dims, SEQUENCE: possible}
 
 
 def _from_program(source: LoadedSource, program: ExportedProgram) -> CapturedModel:
-    """A saved program is taken as it was traced; its batch is dynamic when its first dimension is."""
-    symbols = {s for item in program.graph.nodes if item.op == "placeholder" for s in _symbols(item)}
-    if len(symbols) > 1:
-        raise CaptureError(
-            "the saved program has several dynamic dimensions",
-            got=", ".join(str(s) for s in symbols),
-            expected="the batch alone, as the first dimension of every input",
-            next_step='export it with dynamic_shapes={name: {0: Dim("batch")}}',
-        )
-    dims = {"batch": DimBounds()} if symbols else {}
+    """A saved program is taken as it was traced, with the dimensions that are dynamic in it."""
+    dims = dims_of_program(program, source.inputs)
+    batch = source.inputs[0].shape[0] if BATCH in dims else None
     module = program.module()
     args, kwargs = program.example_inputs or ((), {})
     names = [i.name for i in source.inputs]
@@ -93,14 +142,17 @@ def _from_program(source: LoadedSource, program: ExportedProgram) -> CapturedMod
 
     assert kwargs is not None
     with torch.no_grad():
-        example = call(_tensors(make_feeds(source.inputs, batch=EXAMPLE_BATCH if dims else None, seed=0)))
+        example = call(_tensors(make_feeds(source.inputs, batch=batch, seed=0)))
     outputs = _apart(output_names(example), source.inputs)
 
     def reference(feeds: Mapping[str, Array]) -> dict[str, Array]:
         with torch.no_grad():
             return _named_outputs(call(_tensors(feeds)), outputs)
 
-    return CapturedModel(normalize(program), source.inputs, outputs, dims, reference, module)
+    program = normalize(program)
+    _require_sizes_from_shapes(program)
+    _require_no_randomness(program)
+    return CapturedModel(program, source.inputs, outputs, dims, reference, module, batch or EXAMPLE_BATCH)
 
 
 def _symbols(node: torch.fx.Node) -> set[Any]:
@@ -111,11 +163,13 @@ def _symbols(node: torch.fx.Node) -> set[Any]:
 
 
 def normalize(program: ExportedProgram) -> ExportedProgram:
-    """Functional, without clones and dead code, and with every view as a reshape.
+    """Functional, without clones and dead code, with every view as a reshape and every einsum as a matrix product.
 
     run_decompositions makes views that are legal for the original strides only; clones and detaches change no value.
     """
-    program = program.run_decompositions({})
+    einsums = [n for n in program.graph.nodes if n.target is aten.einsum.default]
+    plain = all(is_matrix_product(n.args[0], len(n.args[1])) for n in einsums)
+    program = program.run_decompositions({aten.einsum.default: as_matrix_product} if einsums and plain else {})
     graph = program.graph
     for node in list(graph.nodes):
         if node.target in (aten.view.default, aten._unsafe_view.default):
@@ -133,8 +187,16 @@ _IDENTITIES = frozenset(
 )
 
 
+_CASTS = frozenset(
+    {aten.type_as.default, aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.to.other, aten.to.device}
+)
+
+
 def _is_identity(node: torch.fx.Node) -> bool:
-    """True when the node changes no value: dropout too, outside training."""
+    """True when the node changes no value: dropout too, outside training, and a cast to the type that is there."""
+    if node.target in _CASTS:
+        before, after = node.args[0].meta["val"], node.meta["val"]
+        return before.dtype == after.dtype and before.device == after.device
     return node.target in _IDENTITIES or (node.target is aten.dropout.default and node.args[2] is False)
 
 
@@ -183,80 +245,94 @@ def _tensors(feeds: Mapping[str, Array]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in feeds.items()}
 
 
-class _PathTracker:
-    """Knows which submodule is running, so that an error can name it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._names = {id(m): name for name, m in module.named_modules()}
-        self._module = module
-        self._stack: list[str] = []
-
-    @property
-    def path(self) -> str:
-        return self._stack[-1] if self._stack else ""
-
-    @contextmanager
-    def tracking(self) -> Iterator[None]:
-        self._stack.clear()
-        handles = []
-        for submodule in self._module.modules():
-            handles.append(submodule.register_forward_pre_hook(self._enter))
-            handles.append(submodule.register_forward_hook(self._leave))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        self._stack.append(self._names.get(id(module), type(module).__name__))
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._stack.pop()
-
-
+INPUT = "check --input against what the model takes"
+TRACEABLE = "make that line traceable by torch.export (no NumPy, no .item() that steers a branch)"
 _ADVICE = (
     ("data-dependent", "replace the branch on a tensor's value by torch.where or torch.cond"),
     ("Could not guard", "replace the branch on a tensor's value by torch.where or torch.cond"),
-    ("Constraints violated", "export with a fixed batch: --dynamic none"),
     ("specialized", "export with a fixed batch: --dynamic none"),
-    ("mat1 and mat2", "check --input against what the model takes"),
-    ("expected input", "check --input against what the model takes"),
-    ("doesn't match model", "check --input against what the model takes"),
-    ("must match", "check --input against what the model takes"),
-    ("out of range", "give integer inputs their range: --input NAME=SHAPE:int64:BELOW"),
+    ("mat1 and mat2", INPUT),
+    ("expected input", INPUT),
+    ("doesn't match model", INPUT),
+    ("must match", INPUT),
+    ("index out of range", "give integer inputs their range: --input NAME=SHAPE:int64:BELOW"),
 )
 
 
 @contextmanager
-def _as_capture_error(path: _PathTracker) -> Iterator[None]:
+def _as_capture_error(tracker: ModuleTracker, what: str, default_advice: str) -> Iterator[None]:
     try:
         yield
+    except CaptureError:
+        raise
     except Exception as error:
         text = str(error)
         advice = next((a for key, a in _ADVICE if key.lower() in text.lower()), None)
-        first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+        fixed = re.search(r"Constraints violated \((?P<name>\w+)", text)
+        specialized = re.search(r"your code specialized it to be a constant \(\d+\)", text)
+        name = fixed["name"] if fixed else BATCH
+        got = f"the {name} is dynamic, and {specialized[0] if specialized else first_line(error)}"
         raise CaptureError(
-            "the model cannot be traced",
-            where=f"module {path.path or '(root)'}, {_user_line(error)}",
-            got=f"{type(error).__name__}: {first}",
-            next_step=advice or "make that line traceable by torch.export (no NumPy, no .item() that steers a branch)",
+            what,
+            where=tracker.where(error),
+            got=got if fixed or specialized else first_line(error),
+            next_step=_without_dynamic(name) if fixed or specialized else advice or default_advice,
         ) from error
 
 
-def _user_line(error: BaseException) -> str:
-    """The innermost line outside torch: where the model's own code stopped."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and "attn_deploy" not in f.filename] or frames
-    own = [f for f in own if not f.filename.endswith(("export/capture.py", "contextlib.py"))] or frames
-    last = own[-1]
-    return f"{last.filename}:{last.lineno}: {(last.line or '').strip()}"
+def _without_dynamic(name: str) -> str:
+    """What to do about a dimension that the model fixes."""
+    if name == SEQUENCE:
+        return "export with a fixed sequence length: --dynamic batch"
+    return "export with a fixed batch: --dynamic none"
 
 
-def _require_dynamic_batch(program: ExportedProgram, dims: Mapping[str, DimBounds]) -> None:
-    if dims and not any(_symbols(n) for n in program.graph.nodes if n.op == "placeholder"):
+def _require_dynamic(program: ExportedProgram, dims: Mapping[str, DimBounds]) -> None:
+    symbols = {s for n in program.graph.nodes if n.op == "placeholder" for s in _symbols(n)}
+    if len(symbols) < len(dims):
         raise CaptureError(
-            "the batch did not stay dynamic",
-            expected="a graph that works for every batch size",
-            next_step="export with a fixed batch: --dynamic none",
+            f"the {' or the '.join(dims)} did not stay dynamic",
+            got=f"{len(symbols)} dynamic dimensions",
+            expected="a graph that works for every size",
+            next_step=_without_dynamic(SEQUENCE if SEQUENCE in dims else BATCH),
         )
+
+
+def _require_sizes_from_shapes(program: ExportedProgram) -> None:
+    """Everything after capture works out sizes from the inputs' shapes; torch.export itself takes more than that."""
+    for node in program.graph.nodes:
+        if free_unbacked_symbols(node.meta.get("val")):
+            raise CaptureError(
+                "a size depends on the values of a tensor",
+                where=f"module {module_path(node) or '(root)'}, {source_line(node)}",
+                got=str(node.target),
+                expected="sizes that follow from the shapes of the inputs",
+                next_step="mask what is not wanted (torch.where) instead of selecting it",
+            )
+
+
+def _require_no_randomness(program: ExportedProgram) -> None:
+    """A model that draws random numbers gives another output on every call: nothing could be compared with it."""
+    output = next(node for node in reversed(program.graph.nodes) if node.op == "output")
+    for node in sorted(ancestors(output)):
+        if _is_random(node):
+            raise CaptureError(
+                "the model draws random numbers in evaluation mode",
+                where=f"module {module_path(node) or '(root)'}, {source_line(node)}",
+                got=str(node.target),
+                expected="the same output for the same input",
+                next_step="give dropout training=self.training, and leave train() out of forward",
+            )
+
+
+_DROPOUTS = frozenset({aten.dropout.default, aten.native_dropout.default, aten.alpha_dropout.default})
+
+
+def _is_random(node: torch.fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if node.target is aten.scaled_dot_product_attention.default:
+        return bool(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
+    if node.target in _DROPOUTS:
+        return node.args[1] != 0 and node.args[2] is not False
+    return torch.Tag.nondeterministic_seeded in node.target.tags

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 EXAMPLE_BATCH = 2
 """torch.export specializes on 0 and 1; the whole export works on examples of this batch size."""
@@ -49,16 +50,20 @@ def source_line(node: Node) -> str:
     return f"{file}:{own[-1]['line']}"
 
 
+Sizes = Mapping[Any, int]
+"""Symbol of a dynamic dimension -> a size to work with in place of the example's."""
+
+
 def shape_of(node: Node) -> tuple[int, ...]:
-    """The node's shape at the example batch."""
+    """The node's shape at the example's sizes."""
     return tuple(concrete(d) for d in node.meta["val"].shape)
 
 
-def concrete(value: Any) -> Any:
-    """A symbolic size as the number it is at the example batch; anything else as it is."""
+def concrete(value: Any, sizes: Sizes | None = None) -> Any:
+    """A symbolic size as the number it is at the example's sizes, or at those in `sizes`; anything else as it is."""
     if isinstance(value, torch.SymInt):
-        expression = value.node.expr
-        return int(expression.subs({s: EXAMPLE_BATCH for s in expression.free_symbols}))
+        expression = value.node.expr.subs(sizes or {})
+        return int(value.node.shape_env.guarding_hint_or_throw(expression))
     return value
 
 
@@ -105,16 +110,65 @@ def is_size(node: Node) -> bool:
     return isinstance(node.meta.get("val"), (int, float, torch.SymInt))
 
 
+LIKE = frozenset(
+    {
+        aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.zeros_like.default,
+        aten.ones_like.default, aten.full_like.default,
+    }
+)  # fmt: skip
+"""Operations that take a tensor's shape and type, and not its data."""
+
+
+def varies(node: Node) -> bool:
+    """True for a number, or a tensor made to a shape, that depends on another dynamic size than the batch, such as the
+    sequence length."""
+    value = node.meta.get("val")
+    if node.target in LIKE:
+        assert isinstance(value, torch.Tensor)
+        return any(_varies(d, node.graph) for d in value.shape)
+    return _varies(value, node.graph)
+
+
+def _varies(value: Any, graph: Graph) -> bool:
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return False
+    return not value.node.expr.free_symbols <= _batch_symbols(graph)
+
+
+_BATCH_SYMBOLS: weakref.WeakKeyDictionary[Graph, frozenset[Any]] = weakref.WeakKeyDictionary()
+
+
+def _batch_symbols(graph: Graph) -> frozenset[Any]:
+    """The symbols in the first dimension of the graph's inputs."""
+    found = _BATCH_SYMBOLS.get(graph)
+    if found is None:
+        inputs = [n for n in graph.find_nodes(op="placeholder") if is_tensor(n) and n.meta["val"].dim()]
+        first = [n.meta["val"].shape[0] for n in inputs]
+        found = frozenset(s for d in first if isinstance(d, torch.SymInt) for s in d.node.expr.free_symbols)
+        _BATCH_SYMBOLS[graph] = found
+    return found
+
+
+def depends_on_data(node: Node, known: Mapping[str, torch.Tensor]) -> bool:
+    """True when the values of the model's inputs enter into the node, and not only their shapes."""
+    return any(_is_data(current, known) for current in ancestors(node, stop=is_size))
+
+
+def _is_data(node: Node, known: Mapping[str, torch.Tensor]) -> bool:
+    return node.op == "placeholder" and node.name not in known and not is_size(node)
+
+
 def is_constant(node: Node, known: Mapping[str, torch.Tensor]) -> bool:
-    """True when the node depends on parameters, buffers and constants alone (sizes are not data)."""
-    return all(
-        current.op != "placeholder" or current.name in known or is_size(current)
-        for current in ancestors(node, stop=is_size)
-    )
+    """True when the node depends on parameters, buffers, constants and the batch size alone.
+
+    What is made for a sequence length (a mask, a table of positions) is a run-time value where that is dynamic.
+    """
+    inner = ancestors(node, stop=lambda n: is_size(n) or n.target in LIKE)
+    return not any(_is_data(current, known) or varies(current) for current in inner)
 
 
-def evaluate(node: Node, known: Mapping[str, Any]) -> Any:
-    """The node's value at the example batch, from values by node name; sizes are put in from the graph's meta.
+def evaluate(node: Node, known: Mapping[str, Any], sizes: Sizes | None = None) -> Any:
+    """The node's value at the example's sizes, or at those in `sizes`, from values by node name.
 
     Raises KeyError with the name of a graph input that is not in `known`.
     """
@@ -128,10 +182,14 @@ def evaluate(node: Node, known: Mapping[str, Any]) -> Any:
         if current.name in known:
             cache[current] = known[current.name]
         elif is_size(current):
-            cache[current] = concrete(current.meta["val"])
+            cache[current] = concrete(current.meta["val"], sizes)
         elif current.op == "placeholder":
             raise KeyError(current.name)
         else:
+            if current.target in LIKE and current.args[0] not in cache:
+                shaped = current.args[0]
+                assert isinstance(shaped, Node)
+                cache[shaped] = torch.empty(shape_of(shaped), dtype=shaped.meta["val"].dtype)
             missing = [n for n in current.all_input_nodes if n not in cache]
             if missing:
                 pending.extend(missing)

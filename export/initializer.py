@@ -11,20 +11,21 @@ first when walking back from the scores of a softmax, and of those only the rows
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from attn_deploy.errors import UsageError
+from attn_deploy.export.forward_tap import MASKED_BELOW, PROJECTIONS, ForwardTap
+from attn_deploy.export.initial_values import fill, generator
+from attn_deploy.export.module_tracker import ModuleTracker, first_line
+from attn_deploy.export.weight_trace import WeightTrace
 
 ENTROPY_TARGET = 0.5
 ENTROPY_RANGE = (0.4, 0.6)
@@ -38,20 +39,8 @@ BRANCH_RMS = 0.25
 # deleted attention of coatnet_nano left 52 dB, with 0.25 it left 28 dB (branches of 0.35, gates of 1.5). With 1, BERT
 # loses 8 dB more to noise.
 CENTRED = 0.25
-# Scores at or below this are masked keys (Swin adds -100, others the lowest float or -inf).
-MASKED_BELOW = -60.0
 CALIBRATION_BATCH = 4
 REFINEMENTS = 6
-
-_SOFTMAXES = {F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax}
-_GATES = {torch.sigmoid, torch.sigmoid_, torch.special.expit, Tensor.sigmoid, Tensor.sigmoid_, F.sigmoid, F.hardsigmoid}
-_ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
-_CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-_PROJECTIONS = {F.linear, *_CONVOLUTIONS}
-_NORMS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm, torch.rms_norm}
-_TABLES = ("relative_position", "rel_pos", "rel_h", "rel_w", "_rel", "bias_table", "attention_bias")
-_TOKENS = ("token", "pos", "cls", "embed", "query", "latent", "probe")
-_LAYERS = {*_PROJECTIONS, *_NORMS, F.embedding, torch.addmm}
 
 
 @dataclass(frozen=True)
@@ -76,129 +65,6 @@ class InitReport:
     notes: tuple[str, ...]
 
 
-class ForwardTap(TorchFunctionMode):
-    """Sees every layer, addition, gate and attention softmax of a forward pass, and may change what it sees.
-
-    `scaled_dot_product_attention` and `nn.MultiheadAttention` run step by step, so that their scores are seen as well.
-    """
-
-    def scores(self, scores: Tensor, dim: int) -> Tensor:
-        """Replaces what the softmax over axis `dim`, the keys, is taken of."""
-        return scores
-
-    def gate(self, output: Tensor) -> Tensor:
-        """Replaces the result of a sigmoid or hard sigmoid."""
-        return output
-
-    def layer(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Runs a projection, norm or embedding."""
-        return func(*args, **kwargs)
-
-    def addition(self, left: Any, right: Any) -> None:
-        """Sees the operands of a sum before it is taken."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is F.multi_head_attention_forward:
-            # Its first line hands over to any active mode; without that line it runs as written, inside this mode.
-            with mock.patch.object(F, "has_torch_function", return_value=False), self:
-                return func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            with self:
-                return _attend(*args, **kwargs)
-        if func in _SOFTMAXES:
-            x, *rest = args or (kwargs.pop("input"),)
-            dim = kwargs["dim"] if "dim" in kwargs else rest[0]
-            # Below three axes it is a classifier's softmax over classes; a single key leaves nothing to attend to.
-            seen = dim is not None and x.dim() >= 3 and x.shape[dim] > 1
-            return func(self.scores(x, dim) if seen else x, *rest, **kwargs)
-        if func in _LAYERS:
-            return self.layer(func, args, kwargs)
-        if func in _ADDITIONS:
-            self.addition(*args[:2])
-        output = func(*args, **kwargs)
-        return self.gate(output) if func in _GATES else output
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`scaled_dot_product_attention` in steps, on [..., heads, tokens, head_dim], without dropout."""
-    if enable_gqa:
-        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    # A fully masked row gives 0, as the fused operator does.
-    return torch.softmax(scores, -1).nan_to_num(0.0) @ value
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-
-
-def _draw(module: nn.Module, leaf: str, shape: torch.Size, rng: torch.Generator) -> Tensor:
-    """Values for a parameter or norm statistic, by its module's class, its name and its shape."""
-    normal = torch.randn(shape, generator=rng)
-    uniform = torch.rand(shape, generator=rng)
-    is_projection = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
-    is_embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-    is_matrix = leaf == "weight" and (is_projection or is_embedding)
-    is_vector = sum(size > 1 for size in shape) <= 1 and not is_matrix
-    is_bias = "bias" in leaf or "mean" in leaf or leaf.endswith("beta")
-    has_statistics = hasattr(module, "running_mean")
-    if is_vector and (has_statistics or "norm" in type(module).__name__.lower()):
-        if is_bias:
-            # Around 0 a ReLU adds 1.7 dB to noise, around 0.5 it adds 1.0 dB (seresnet50 in all: 18 dB, 9 dB).
-            return 0.2 * normal + (0.5 if has_statistics and leaf == "bias" else 0.0)
-        # About two channels in a hundred are the activation outliers of trained transformers. CNNs have smaller ones:
-        # with those of transformers, INT8 with ranges per tensor leaves 18 dB on efficientnet_b0, with these 21 dB.
-        outliers = torch.randperm(shape.numel(), generator=rng)[: math.ceil(0.02 * shape.numel() - 0.5)]
-        weight = 0.6 + uniform
-        low, high = (1.6, 2.0) if has_statistics else (3.0, 4.0)
-        weight.view(-1)[outliers] = low + (high - low) * uniform.view(-1)[outliers]
-        return weight
-    if "logit_scale" in leaf:
-        return math.log(10.0) + 0.2 * normal
-    if any(part in leaf for part in _TABLES):
-        return normal
-    if is_vector and is_bias:
-        return 0.1 * normal
-    if is_vector and not any(part in leaf for part in _TOKENS):
-        # Layer scales, temperatures, PReLU slopes: never zero. A projection's own gain (weight norm) keeps its scale.
-        return (0.7 if is_projection else 0.4) + 0.6 * uniform
-    if not is_projection and (is_embedding or is_vector or (len(shape) >= 3 and shape[0] == 1) or "pos" in leaf):
-        return 0.5 * normal
-    if type(module).__name__ == "Conv1D" or (len(shape) == 3 and not is_projection):
-        return normal / math.sqrt(shape[-2])  # transformers' Conv1D, stacks of experts: [..., in, out]
-    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-    return normal / math.sqrt(shape[0] * shape[2:].numel() if transposed else shape[1:].numel())
-
-
-def _fill(module: nn.Module, seed: int) -> tuple[str, ...]:
-    """Draws every parameter and the buffers of norms; tied tensors once, under their first name."""
-    done: dict[int, str] = {}
-    for prefix, owner in module.named_modules():
-        buffers = owner._buffers if hasattr(owner, "running_mean") else {}
-        for leaf, tensor in (*owner._parameters.items(), *buffers.items()):
-            if tensor is not None and id(tensor) not in done and tensor.is_floating_point():
-                done[id(tensor)] = name = f"{prefix}.{leaf}".lstrip(".")
-                tensor.data.copy_(_draw(owner, leaf, tensor.shape, _generator(seed, name)))
-    return tuple(done.values())
-
-
 def _entropy(rows: Tensor, gain: float = 1.0) -> float:
     """Mean of entropy / log(keys) of softmax(gain * row) over [rows, keys]; masked keys do not count as keys."""
     valid = rows > MASKED_BELOW
@@ -215,95 +81,6 @@ def _gain_for(rows: Tensor) -> float:
         low, high = (middle, high) if _entropy(rows, math.exp(middle)) > ENTROPY_TARGET else (low, middle)
     # Scores that are all alike, or with one key left in every row, have no gain that would help.
     return math.exp(low) if -5.9 < low < 5.9 else 1.0
-
-
-class _Trace(ForwardTap):
-    """Reads off the autograd graph what moves each softmax, what feeds a gate, and what ends a residual branch."""
-
-    def __init__(self, names: Mapping[int, str]) -> None:
-        super().__init__()
-        self.names = names
-        self.origins: dict[Any, tuple[Any, list[Tensor]]] = {}
-        # Per softmax: tensor name -> the power of the gain that its entries take, 0 where they do not move the scores.
-        self.knobs: list[dict[str, Tensor]] = []
-        self.gates: set[str] = set()
-        self.branches: set[str] = set()
-
-    def layer(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        output = func(*args, **kwargs)
-        # addmm takes (bias, input, weight), the others the input first.
-        operands = args[::2] if func is torch.addmm else (*args[1:], *kwargs.values())
-        if weights := [item for item in operands if isinstance(item, Tensor) and item.requires_grad]:
-            self.origins[output.grad_fn] = (func, weights)
-        return output
-
-    def gate(self, output: Tensor) -> Tensor:
-        weights = [tensor for tensor, _, _ in self._reach(output.grad_fn) if tensor.dim() > 1]
-        self.gates |= {self.names[id(weight)] for weight in weights if id(weight) in self.names}
-        return output
-
-    def addition(self, left: Any, right: Any) -> None:
-        if isinstance(left, Tensor) and isinstance(right, Tensor) and left.shape == right.shape:
-            ends = [self._branch_end(left.grad_fn), self._branch_end(right.grad_fn)]
-            if not all(ends):  # two branches that meet, as at a projected shortcut, keep their strength
-                self.branches |= {self.names[id(tensor)] for tensor in ends[0] or ends[1] if id(tensor) in self.names}
-
-    def _branch_end(self, node: Any) -> list[Tensor]:
-        """The weights of the projection or BatchNorm whose output this is, up to its shape and a gate or scale."""
-        while node is not None and not node.name().startswith(("AddBackward", "Cat")):
-            if node in self.origins:
-                func, weights = self.origins[node]
-                return weights if func in _PROJECTIONS or func in (torch.addmm, F.batch_norm) else []
-            parents = (parent for parent, _ in node.next_functions)
-            node = next((parent for parent in parents if parent and not hasattr(parent, "variable")), None)
-        return []
-
-    def scores(self, scores: Tensor, dim: int) -> Tensor:
-        found = [item for item in self._reach(scores.grad_fn) if id(item[0]) in self.names]
-        tensors = [tensor for tensor, _, _ in found]
-        probe = torch.randn(scores.shape, generator=torch.Generator().manual_seed(0)).to(scores)
-        loss = (scores.clamp(MASKED_BELOW, -MASKED_BELOW) * probe).sum()
-        slopes = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True) if tensors else ()
-        knobs: dict[str, Tensor] = {}
-        is_cosine = False
-        for (tensor, axis, exponent), slope in zip(found, slopes, strict=True):
-            if slope is not None and bool(slope.any()):
-                # Of packed queries, keys and values, the rows of the values have no slope.
-                others = [i for i in range(slope.dim()) if axis is None or i != axis % slope.dim()]
-                moves = slope.abs().amax(others, keepdim=True) != 0 if others else slope != 0
-                knobs[self.names[id(tensor)]] = moves * exponent
-                # A temperature: were it added to the scores, one number per head would change nothing.
-                is_cosine |= axis is None and exponent == 1.0 and tensor.numel() in (1, scores.shape[1])
-        # Where there is a temperature, queries and keys are normalized and their scale is no knob.
-        self.knobs.append({n: power for n, power in knobs.items() if not is_cosine or float(power.max()) == 1.0})
-        return scores
-
-    def _reach(self, start: Any) -> list[tuple[Tensor, int | None, float]]:
-        """(tensor, axis of its rows, exponent) for the nearest layers and bare parameters behind a node of the graph.
-
-        Behind a product of two maps, each side takes the square root of the gain.
-        """
-        found: dict[int, tuple[Tensor, int | None, float]] = {}
-        stack: list[tuple[Any, float, int | None]] = [(start, 1.0, None)]
-        seen = set()
-        while stack:
-            node, exponent, axis = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if hasattr(node, "variable"):
-                found.setdefault(id(node.variable), (node.variable, axis, exponent))
-            elif node in self.origins:
-                func, weights = self.origins[node]
-                for tensor in weights:
-                    rows = -1 if func is torch.addmm else 0
-                    if tensor.grad_fn is None:
-                        found.setdefault(id(tensor), (tensor, rows, exponent))
-                    stack.append((tensor.grad_fn, exponent, rows))
-            else:
-                exponent = 0.5 if node.name().startswith(("Bmm", "Mm", "Baddbmm")) else exponent
-                stack.extend((parent, exponent, axis) for parent, _ in node.next_functions)
-        return list(found.values())
 
 
 class _Settle(ForwardTap):
@@ -338,7 +115,7 @@ class _Settle(ForwardTap):
         if func is F.batch_norm and is_first:
             self._set_statistics(*args[:3])
         output = func(*args, **kwargs)
-        if func not in _PROJECTIONS or not is_first or self.targets is None:
+        if func not in PROJECTIONS or not is_first or self.targets is None:
             return output
         bias: Any = args[2] if len(args) > 2 else kwargs.get("bias")
         drawn = mean = torch.zeros((), device=output.device)
@@ -364,7 +141,7 @@ class _Settle(ForwardTap):
         found_var = (count * found_var + 8 * found_var.mean()) / (count + 8)
         # A channel that is silent on the example must not be blown up on other inputs.
         found_var = found_var.clamp(min=0.05 * float(found_var.mean()) + 1e-6)
-        rng = _generator(self.seed, self.names[id(mean)])
+        rng = generator(self.seed, self.names[id(mean)])
         shift, stretch = (0.4 * torch.rand(2, x.shape[1], generator=rng) - 0.2).to(x)
         mean.copy_(found_mean * count / (count + 4) + shift * found_var.sqrt())
         var.copy_(found_var * (1 + stretch))
@@ -387,13 +164,13 @@ def _calibration_batch(example: Mapping[str, Tensor], seed: int) -> dict[str, Te
     def vary(name: str, x: Tensor, shift: int) -> Tensor:
         if not x.is_floating_point():
             return x.roll(shift, -1)
-        noise = torch.randn(x.shape, generator=_generator(seed, f"{name}#{shift}")).to(x)
+        noise = torch.randn(x.shape, generator=generator(seed, f"{name}#{shift}")).to(x)
         return 0.6 * x + 0.4 * x.mean() + 0.8 * noise * x.std(correction=0)
 
     sizes = {len(x) if x.dim() else 0 for x in example.values()}
     copies = math.ceil(CALIBRATION_BATCH / max(sizes)) if len(sizes) == 1 and max(sizes) else 1
     rows = {name: torch.cat([x, *(vary(name, x, i) for i in range(1, copies))]) for name, x in example.items()}
-    return {name: _half_smooth(x, _generator(seed, f"{name}#smooth")) for name, x in rows.items()}
+    return {name: _half_smooth(x, generator(seed, f"{name}#smooth")) for name, x in rows.items()}
 
 
 def _half_smooth(x: Tensor, rng: torch.Generator) -> Tensor:
@@ -423,8 +200,8 @@ def _run(module: nn.Module, feeds: Mapping[str, Tensor], tap: ForwardTap) -> Any
         return module(**feeds)
 
 
-def _trace(module: nn.Module, feeds: Mapping[str, Tensor], names: Mapping[int, str]) -> _Trace:
-    trace = _Trace(names)
+def _trace(module: nn.Module, feeds: Mapping[str, Tensor], names: Mapping[int, str]) -> WeightTrace:
+    trace = WeightTrace(names)
     frozen = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
     try:
         with torch.enable_grad():
@@ -439,7 +216,7 @@ def _trace(module: nn.Module, feeds: Mapping[str, Tensor], names: Mapping[int, s
 
 def _settle(
     module: nn.Module, example: Mapping[str, Tensor], tensors: Mapping[str, Tensor], seed: int
-) -> tuple[_Trace, list[float], list[float]]:
+) -> tuple[WeightTrace, list[float], list[float]]:
     """Scales, traces, scales by what the trace found, then sets queries and keys: (trace, entropies, gains)."""
     names = {id(tensor): name for name, tensor in tensors.items()}
     feeds = _calibration_batch(example, seed)
@@ -488,11 +265,18 @@ def initialize(module: nn.Module, example: Mapping[str, Tensor], *, seed: int = 
     where = type(module).__name__
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)
-        filled = _fill(module, seed)
+        filled = fill(module, seed)
+        tracker = ModuleTracker(module)
         try:
-            _run(module, example, ForwardTap())
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise UsageError("the module does not run on its example", got=error, where=where) from error
+            with tracker.tracking():
+                _run(module, example, ForwardTap())
+        except Exception as error:  # whatever a model raises on an input that does not fit it
+            raise UsageError(
+                "the model does not run on its example",
+                where=f"{where}, {tracker.where(error)}",
+                got=f"{first_line(error)}; on " + ", ".join(f"{k}={list(v.shape)}" for k, v in example.items()),
+                next_step="check --input against what the model takes",
+            ) from error
         trace, entropies, gains = _settle(module, example, tensors, seed)
         output = torch.cat([torch.zeros(0), *_floats(_run(module, example, ForwardTap()))])
         module.train().eval()

@@ -24,8 +24,10 @@ class _Recorder(Interpreter):
         self._override = override
         self.values: dict[str, Any] = {}
         self.arguments: dict[str, tuple[Any, ...]] = {}
+        self.current: Node | None = None
 
     def run_node(self, n: Node) -> Any:
+        self.current = n
         if n.name in self._record:
             self.arguments[n.name] = self.fetch_args_kwargs_from_env(n)[0]
         if self._override is not None and n.name == self._override[0]:
@@ -46,6 +48,14 @@ class Run:
         self.arguments = arguments
 
 
+class RunError(Exception):
+    """Raised when a node cannot be computed from its operands."""
+
+    def __init__(self, node: Node, cause: Exception) -> None:
+        super().__init__(f"{node.name}: {cause}")
+        self.node = node
+
+
 def input_order(program: ExportedProgram) -> list[str]:
     """The names under which the user's inputs are fed, in the order of the graph's inputs."""
     spec = program.call_spec.in_spec
@@ -63,7 +73,10 @@ def run(
     record: Collection[str] = (),
     override: tuple[str, Override] | None = None,
 ) -> Run:
-    """Runs the program on feeds by input name, recording nodes by name; `override` computes one node differently."""
+    """Runs the program on feeds by input name, recording nodes by name; `override` computes one node differently.
+
+    Raises RunError where shapes do not fit.
+    """
     known = constants(program)
     order = dict(zip((str(n) for n in program.graph_signature.user_inputs), input_order(program), strict=True))
     arguments = []
@@ -72,6 +85,10 @@ def run(
             arguments.append(known[node.name] if node.name in known else feeds[order[node.name]])
     recorder = _Recorder(program, record, override)
     with torch.no_grad():
-        outputs = recorder.run(*arguments)
+        try:
+            outputs = recorder.run(*arguments)
+        except (IndexError, RuntimeError) as error:
+            assert recorder.current is not None
+            raise RunError(recorder.current, error) from error
     tensors = [o for o in outputs if isinstance(o, Tensor)]
     return Run(tensors, recorder.values, recorder.arguments)

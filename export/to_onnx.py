@@ -22,7 +22,8 @@ from onnxscript.rewriter.rules import common
 from torch.export import ExportedProgram
 
 from attn_deploy.errors import AttnDeployError
-from attn_deploy.export.capture import CapturedModel, batch_dim
+from attn_deploy.export.capture import CapturedModel
+from attn_deploy.export.dimensions import dynamic_shapes
 from attn_deploy.export.forms import OPERATORS, form_and_operands
 from attn_deploy.export.functions import attach_functions, inline_functions, register_schemas
 from attn_deploy.export.recognize.site import Kind
@@ -35,6 +36,10 @@ MIN_OPSET = 20
 
 EXTERNAL_DATA_BYTES = 1_900_000_000
 """Beyond this, weights go to a file of their own: a protobuf ends at 2 GiB."""
+
+
+AROUND_SITES = frozenset({"ChannelPool", "SpatialPool", "RotaryEmbedding"})
+"""Operators that feed a site and are none themselves."""
 
 
 @dataclass(frozen=True)
@@ -111,14 +116,13 @@ def plain_onnx(captured: CapturedModel, *, opset: int = MIN_OPSET) -> ir.Model:
 def _export(captured: CapturedModel, program: ExportedProgram, opset: int) -> ir.Model:
     shapes = None
     if captured.dims:  # said again: torch.onnx would call the dimension s77
-        dim = batch_dim(captured.dims["batch"])
-        shapes = tuple({0: dim} for _ in captured.inputs)
+        shapes = tuple(dynamic_shapes(captured.inputs, captured.dims).values())
     ops = torch.ops.attn_deploy
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         getattr(ops, name).default: _translation(name) for name in OPERATORS
     }
     try:
-        with _quiet():
+        with _quiet(), _contiguous_attention(program):
             exported = torch.onnx.export(
                 program, dynamo=True, opset_version=opset, custom_translation_table=table,
                 dynamic_shapes=shapes, input_names=[i.name for i in captured.inputs],
@@ -134,6 +138,33 @@ def _export(captured: CapturedModel, program: ExportedProgram, opset: int) -> ir
         ) from error
     assert exported is not None
     return exported.model
+
+
+@contextlib.contextmanager
+def _contiguous_attention(program: ExportedProgram) -> Iterator[None]:
+    """Results of scaled_dot_product_attention are laid out in order while the program is exported.
+
+    Where it has a float mask, two passes of torch.onnx 2.15 see other strides in its result: the first makes a view of
+    what the second cannot view, and the export fails. ONNX knows no strides, so the copy leaves no node behind.
+    """
+    attention, clone = torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten.clone.default
+    copies = []
+    for node in list(program.graph.nodes):
+        if node.target is attention:
+            with program.graph.inserting_after(node):
+                copy = program.graph.call_function(clone, (node,), {"memory_format": torch.contiguous_format})
+            copy.meta = dict(node.meta)
+            for user in [user for user in node.users if user is not copy and user.op != "output"]:
+                user.replace_input_with(node, copy)
+            copies.append((node, copy))
+    program.graph_module.recompile()
+    try:
+        yield
+    finally:
+        for node, copy in copies:
+            copy.replace_all_uses_with(node)
+            program.graph.erase_node(copy)
+        program.graph_module.recompile()
 
 
 @contextlib.contextmanager
@@ -154,7 +185,7 @@ def _quiet() -> Iterator[None]:
 
 def _site_nodes(model: ir.Model, rewritten: RewrittenModel) -> list[ir.Node]:
     """The ONNX node of each site: the exporter keeps the order of the graph, but not the names of its nodes."""
-    nodes = [n for n in model.graph if n.domain == DOMAIN and FORMS[n.op_type].operator != "ChannelPool"]
+    nodes = [n for n in model.graph if n.domain == DOMAIN and FORMS[n.op_type].operator not in AROUND_SITES]
     if [n.op_type for n in nodes] != [site.operator for site in rewritten.sites]:
         raise AttnDeployError(
             "the exporter changed the recognized sites",

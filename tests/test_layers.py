@@ -26,21 +26,21 @@ FOLDERS = {"attn_deploy": "attn_deploy", "attn_deploy.export": "export", "attn_d
 LAYERS: list[set[str]] = [
     {"cli"},
     {"report.listings"},
-    {"benchmarking", "cli_progress", "cli_run", "doctor", "inspection", "validation"},
+    {"benchmarking", "cli_arguments", "cli_progress", "cli_run", "doctor", "inspection", "validation"},
     {"loading", "pipeline", "run_alone"},
-    {"verdict"},
-    {"proving"},
+    {"intent", "verdict"},
+    {"heatmap", "localizing", "proving"},
     {"export", "runtimes"},
     {"accuracy", "built", "bundle", "choice", "data", "demo.ablation", "demo.train", "report"},
     {"demo.model", "latency", "manifest", "parity", "readback"},
-    {"demo", "demo.blocks", "environment", "inputs", "progress"},
-    {"memory", "ops", "preprocess", "receipt", "session"},
+    {"demo", "demo.blocks", "environment", "inputs", "nn", "progress"},
+    {"memory", "ops", "picture", "preprocess", "receipt", "session", "weight_map"},
     {"extras", "target"},
     {"errors"},
 ]
 """A module imports from the layers below its own. A name stands for all modules below it that have no other place."""
 
-NETWORKS = {"demo.ablation", "demo.blocks", "demo.model", "demo.train"}
+NETWORKS = {"demo.ablation", "demo.blocks", "demo.model", "demo.train", "nn"}
 """Modules of the base that are PyTorch code; only what is in `export` imports them."""
 
 FOR_MODELS = {"onnx", "onnx_ir", "onnxscript", "timm", "torch", "torchvision", "transformers"}
@@ -143,9 +143,9 @@ def test_the_base_imports_no_package_of_the_exporter_when_it_is_loaded() -> None
     assert {module: found for module in BASE if (found := packages(module) & FOR_MODELS)} == {}
 
 
-def test_only_the_exporter_imports_the_demo_s_networks() -> None:
+def test_only_the_exporter_imports_networks() -> None:
     for module in OWN:
-        if {unit_of(name) for name in imports_of(module)} & {"demo.model", "demo.blocks"}:
+        if {unit_of(name) for name in imports_of(module)} & {"demo.model", "demo.blocks", "nn"}:
             assert unit_of(module) in {"export", *NETWORKS}, module
 
 

@@ -17,26 +17,7 @@ from attn_deploy.ops.form import Array, Form, Input, Shape, lines, require
 from attn_deploy.ops.scores import Scores, all_scores
 
 
-def infer_shapes(qkv: Shape, *extra: Shape, scale: float, tokens: int | None = None) -> tuple[Shape, ...]:
-    """[batch, tokens, 3, heads, head_dim] -> [batch, tokens, heads * head_dim]."""
-    require(len(qkv) == 5 and qkv[2] == 3, f"qkv must be [batch, tokens, 3, heads, head_dim], got {qkv}")
-    require(tokens is None or tokens == qkv[1], f"tokens is {tokens}, qkv is {qkv}")
-    if tokens is None:
-        full = (qkv[0], qkv[3], qkv[1], qkv[1])
-        for shape in extra:
-            fits = len(shape) == 4 and all(s in (1, f) for s, f in zip(shape, full, strict=True))
-            require(fits, f"bias or mask {shape} does not broadcast to {full}")
-    else:
-        index, fill, *bias = extra
-        require(len(index) == 2, f"index must be [windows, length], got {index}")
-        require(fill == qkv[2:], f"fill must be {qkv[2:]}, got {fill}")
-        if bias:
-            require(bias[0][1:] == (qkv[3], index[1], index[1]), f"bias {bias[0]} does not fit index {index}")
-            require(bias[1] == index[:1], f"bias_index {bias[1]} does not fit index {index}")
-    return ((qkv[0], qkv[1], qkv[3] * qkv[4]),)
-
-
-def multiply_adds(qkv: Shape, *extra: Shape, scale: float, tokens: int | None = None) -> int:
+def multiply_adds(qkv: Shape, *extra: Shape, scale: float, softcap: float = 0.0, tokens: int | None = None) -> int:
     batch, length, _, heads, head_dim = qkv
     windows = 1
     if tokens is not None:
@@ -44,10 +25,20 @@ def multiply_adds(qkv: Shape, *extra: Shape, scale: float, tokens: int | None = 
     return 2 * batch * windows * heads * length * length * head_dim
 
 
+def _check_qkv(qkv: Shape) -> None:
+    require(len(qkv) == 5 and qkv[2] == 3, f"qkv must be [batch, tokens, 3, heads, head_dim], got {qkv}")
+
+
 def _plain(scores: Scores) -> Form:
-    def reference(qkv: Array, *extra: Array, scale: float) -> tuple[Array, ...]:
+    def infer_shapes(qkv: Shape, *extra: Shape, scale: float, softcap: float = 0.0) -> tuple[Shape, ...]:
+        """[batch, tokens, 3, heads, head_dim] -> [batch, tokens, heads * head_dim]."""
+        _check_qkv(qkv)
+        scores.check(extra, (qkv[0], qkv[3], qkv[1], qkv[1]))
+        return ((qkv[0], qkv[1], qkv[3] * qkv[4]),)
+
+    def reference(qkv: Array, *extra: Array, scale: float, softcap: float = 0.0) -> tuple[Array, ...]:
         q, k, v = np.moveaxis(qkv.astype(np.float64), (2, 3), (0, 2))
-        out = np.moveaxis(scores.reference(q, k, extra, scale) @ v, 1, 2)
+        out = np.moveaxis(scores.reference(q, k, extra, scale, softcap) @ v, 1, 2)
         return (out.reshape(*out.shape[:2], -1),)
 
     return Form(
@@ -55,7 +46,7 @@ def _plain(scores: Scores) -> Form:
         name="PackedAttention" + scores.suffix,
         inputs=(Input("qkv"), *scores.inputs),
         outputs=("output",),
-        attributes={"scale": float},
+        attributes=scores.attributes,
         body=lines(
             "query, key, value = Split <axis: int = 2, num_outputs: int = 3> (qkv)",
             "parts = Constant <value_ints: ints = [2]> ()",
@@ -80,23 +71,42 @@ def _plain(scores: Scores) -> Form:
 
 
 def _indexed(scores: Scores) -> Form:
-    def reference(qkv: Array, index: Array, fill: Array, *bias: Array, scale: float, tokens: int) -> tuple[Array, ...]:
+    def infer_shapes(
+        qkv: Shape, index: Shape, fill: Shape, *extra: Shape, scale: float, tokens: int
+    ) -> tuple[Shape, ...]:
+        """qkv [batch, tokens, 3, heads, head_dim], index [windows, length] -> [batch, tokens, heads * head_dim]."""
+        _check_qkv(qkv)
+        require(tokens == qkv[1], f"tokens is {tokens}, qkv is {qkv}")
+        require(len(index) == 2, f"index must be [windows, length], got {index}")
+        require(fill == qkv[2:], f"fill must be {qkv[2:]}, got {fill}")
+        if scores.cosine:
+            require(extra[0] == qkv[3:4], f"head_scale {extra[0]} is not {qkv[3:4]}")
+        if scores.bias:
+            bias, bias_index = extra[-2:]
+            require(bias[1:] == (qkv[3], index[1], index[1]), f"bias {bias} does not fit index {index}")
+            require(bias_index == index[:1], f"bias_index {bias_index} does not fit index {index}")
+        return ((qkv[0], qkv[1], qkv[3] * qkv[4]),)
+
+    def reference(qkv: Array, index: Array, fill: Array, *extra: Array, scale: float, tokens: int) -> tuple[Array, ...]:
         batch, _, _, heads, head_dim = qkv.shape
         row = np.broadcast_to(fill.astype(np.float64), (batch, 1, *fill.shape))
         windows = np.concatenate([qkv.astype(np.float64), row], axis=1)[:, index]  # -1 is the row of fill
         q, k, v = np.moveaxis(windows, (3, 4), (0, 3))
-        extra = (bias[0][bias[1]],) if bias else ()
+        if scores.bias:
+            extra = (*extra[:-2], extra[-2][extra[-1]])
         out = np.moveaxis(scores.reference(q, k, extra, scale) @ v, 2, 3)
         result = np.zeros((batch, tokens + 1, heads * head_dim))
         result[:, index.ravel()] = out.reshape(batch, -1, heads * head_dim)
         return (result[:, :tokens],)
 
     gather_bias = "bias = Gather <axis: int = 0> (windows_bias, bias_index)" if scores.bias else ""
-    bias_inputs = (Input("windows_bias"), Input("bias_index", "int64")) if scores.bias else ()
+    inputs = [Input("qkv"), Input("index", "int64"), Input("fill")]
+    inputs += [Input("head_scale")] if scores.cosine else []
+    inputs += [Input("windows_bias"), Input("bias_index", "int64")] if scores.bias else []
     return Form(
         operator="PackedAttention",
         name="PackedAttentionIndexed" + scores.suffix,
-        inputs=(Input("qkv"), Input("index", "int64"), Input("fill"), *bias_inputs),
+        inputs=tuple(inputs),
         outputs=("output",),
         attributes={"scale": float, "tokens": int},
         body=_gather_statements() + lines(gather_bias) + scores.body() + _scatter_statements(),
@@ -160,4 +170,6 @@ def _scatter_statements() -> str:
 
 
 # A window's mask is folded into its bias: the indexed forms need no mask of their own.
-FORMS = tuple(_plain(s) for s in all_scores()) + (_indexed(Scores()), _indexed(Scores(bias=True)))
+FORMS = tuple(_plain(s) for s in all_scores()) + tuple(
+    _indexed(Scores(bias=bias, cosine=cosine)) for bias in (False, True) for cosine in (False, True)
+)

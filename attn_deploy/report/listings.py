@@ -14,7 +14,9 @@ from attn_deploy.benchmarking import Benchmark
 from attn_deploy.cli_run import RunResult
 from attn_deploy.doctor import Diagnosis
 from attn_deploy.inspection import Inspection
-from attn_deploy.report.terminal import sites_table
+from attn_deploy.localizing import Localization
+from attn_deploy.report.terminal import intent_lines, sites_table
+from attn_deploy.report.words import decibel, implementations, listed
 from attn_deploy.session import TensorSpec
 from attn_deploy.validation import Validation
 
@@ -28,6 +30,7 @@ def inspection_tables(found: Inspection, *, all_sites: bool = False) -> Renderab
         Text(found.source, style="bold"),
         Text("inputs:  " + _specs(found.inputs)),
         Text("outputs: " + _specs(found.outputs)),
+        *(intent_lines(found.sites, found.intent) if found.sites else ()),
         sites_table(found.sites, chosen.sites if chosen is not None else (), all_sites=all_sites),
     ]
     if found.variants:
@@ -38,7 +41,9 @@ def inspection_tables(found: Inspection, *, all_sites: bool = False) -> Renderab
             share = variant.weighted_dtype_share.get("int8", 0.0)
             table.add_row(name, variant.precision, f"{variant.size_mb:.1f}", f"{share:.1%}", providers)
         parts.append(table)
+        parts += [Text(f"{v.id}: {implementations(v.sites)}") for v in found.variants if v.sites]
         parts += [Text(f"{v.id}: {_counts(v.operators)}", style="dim") for v in found.variants if v.operators]
+    parts += [Text(f"{map_.file or (map_.module or '(top level)')}: {map_.shows}") for map_ in found.heatmaps]
     return Group(*parts)
 
 
@@ -61,6 +66,27 @@ def validation_tables(validation: Validation) -> RenderableType:
         Text(f"{validation.bundle}: {validation.files} files are as they were written; against {validation.reference}"),
         table,
         *notes,
+        *(localization_table(place) for place in validation.localized),
+    )
+
+
+def localization_table(found: Localization) -> RenderableType:
+    """The first block that is out of its tolerance, and others that are not exact, the least margin first."""
+    table = _table("", "module\noperators", "dB", "at\nleast", "max abs", "in", "runs as")
+    rows = [("FIRST", found.first)] if found.first is not None else []
+    rows += [("ok" if row.passed else "out", row) for row in found.worst if decibel(row.sqnr_db) != "exact"]
+    for mark, row in rows:
+        colour = "" if row.passed else "red"
+        module = Text(", ".join([row.module or "(top level)", *row.between]), style=colour)
+        table.add_row(
+            Text(mark, style=colour), module.append(f"\n{listed(row.operators, 3)}", style="dim"),
+            decibel(row.sqnr_db), f"{row.min_sqnr_db:g}", f"{row.max_abs:.2g}", row.arithmetic, listed(row.runs, 2),
+        )  # fmt: skip
+    counted = f"{found.out_of_tolerance} of {found.blocks} blocks are out of tolerance, the first: "
+    return Group(
+        Text(f"\n{found.variant}, block by block against {found.reference}, on {found.inputs}"),
+        Text((counted if found.first else "") + found.verdict(), style="bold red" if found.first else "green"),
+        *((table,) if rows else ()),
     )
 
 

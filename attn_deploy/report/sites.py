@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
-from attn_deploy.receipt import SiteEntry, SiteRun
+from attn_deploy.receipt import KindCount, SiteEntry, SiteRun
 
 MANY_SITES = 16
 """More rows than this are drawn together."""
@@ -34,17 +34,6 @@ class SiteRow:
     @property
     def label(self) -> str:
         return self.module if self.count == 1 else f"{self.module} ({self.count})"
-
-
-@dataclass(frozen=True)
-class KindCount:
-    """How many sites of one kind became one operator (None: those that were skipped)."""
-
-    kind: str
-    operator: str | None
-    recognized: int
-    unproven: int
-    skipped: int
 
 
 class _OfModule(Protocol):

@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from attn_deploy.receipt import CandidateEntry, Peer, Receipt, SiteEntry, SiteRun
+from attn_deploy.receipt import CandidateEntry, Intent, Peer, Receipt, SiteEntry, SiteRun
 from attn_deploy.report import words
 from attn_deploy.report.sites import SiteRow, kind_counts, site_rows
 
@@ -117,10 +117,18 @@ def _sites(receipt: Receipt, chosen: CandidateEntry | None, all_sites: bool) -> 
     table = sites_table(receipt.sites, runs, all_sites=all_sites)
     if not receipt.sites:
         return [table]
-    parts: list[RenderableType] = [_counts(receipt.sites), Text(), table]
+    parts: list[RenderableType] = [*intent_lines(receipt.sites, receipt.intent), Text(), table]
+    parts += [_text(f"{c.id}: {words.implementations(c.sites)}") for c in receipt.candidates if c.sites]
     if chosen is not None and runs:
         parts.append(_note(f"runs as, on: read back from the session of {chosen.id}. MFLOPs: per sample and site"))
     return parts
+
+
+def intent_lines(sites: Sequence[SiteEntry], intent: Intent | None) -> list[RenderableType]:
+    """Counts by kind, and the share of the work inside the sites where it was recorded."""
+    if intent is None:
+        return [_counts(sites)]
+    return [_counts(sites), _text(words.intent(intent)), _note(words.INTENT_NOTE)]
 
 
 def _counts(sites: Sequence[SiteEntry]) -> RenderableType:

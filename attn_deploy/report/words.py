@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from attn_deploy.latency import FASTER, SLOWER
 from attn_deploy.parity import EXACT_DB
-from attn_deploy.receipt import Accuracy, CandidateEntry, DataEntry, Latency, Peer, Receipt
+from attn_deploy.receipt import Accuracy, CandidateEntry, DataEntry, Intent, Latency, Peer, Receipt, SiteRun
 
 ABSENT = "-"
 FILES_NAMED = 5
@@ -88,6 +89,30 @@ def peak_memory(candidate: CandidateEntry) -> str:
 
 def status(candidate: CandidateEntry) -> str:
     return candidate.status.replace("_", " ")
+
+
+def implementations(runs: Sequence[SiteRun]) -> str:
+    """`3 of 5 sites run as one kernel: native:Gate 3; inlined 2`; ABSENT when nothing was read back."""
+    if not runs:
+        return ABSENT
+    kernels = sum(run.one_kernel for run in runs)
+    kinds = Counter(run.implementation for run in sorted(runs, key=lambda run: not run.one_kernel))
+    noun = "site runs" if len(runs) == 1 else "sites run"
+    return f"{kernels} of {len(runs)} {noun} as one kernel: " + "; ".join(f"{k} {n}" for k, n in kinds.items())
+
+
+def intent(found: Intent) -> str:
+    """The share of the model's work inside recognized sites, and what it is a share of."""
+    return (
+        f"{share(found.flops_share)} of the model's {megaflops(found.flops)} MFLOPs and {share(found.bytes_share)} of "
+        f"the {megabytes(found.bytes / 1e6)} MB that its operators read and write are inside recognized sites"
+    )
+
+
+INTENT_NOTE = (
+    "per sample; FLOPs: 2 x multiply-adds of matrix products, convolutions and sites; bytes: operands and results of "
+    "every operator, as if nothing were fused"
+)
 
 
 def differs(peer: Peer) -> bool:

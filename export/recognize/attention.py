@@ -1,8 +1,4 @@
-"""Scaled dot-product attention: a scaled_dot_product_attention node, or a softmax between two matrix products.
-
-What stands between the first product and the softmax is summed up by running it: on zeros it gives the bias, on random
-scores it must give scale * scores + bias. So scale on the scores, bias tables and constant masks need no pattern.
-"""
+"""Scaled dot-product attention: a scaled_dot_product_attention node, or a softmax between two matrix products."""
 
 from __future__ import annotations
 
@@ -20,231 +16,334 @@ from attn_deploy.export.graph import (
     constants,
     evaluate,
     is_constant,
-    is_tensor,
     module_path,
-    movement_source,
     only_user,
     shape_of,
     source_line,
 )
-from attn_deploy.export.recognize.site import AttentionMatch, Kind, Reason, Site, Skipped
+from attn_deploy.export.recognize.layout import MOVES, Layout, Tokens
+from attn_deploy.export.recognize.operands import (
+    Rotary,
+    normalized_source,
+    rotary_source,
+    unrepeated,
+    upright,
+    without_scales,
+)
+from attn_deploy.export.recognize.placement import Part, Place, ResultCoordinates, place, read_part
+from attn_deploy.export.recognize.scores import MASKED, MIXERS, PLAIN, PRODUCTS, NoMatch, read_scores
+from attn_deploy.export.recognize.site import Kind, Reason, Site, Skipped
+from attn_deploy.export.recognize.streams import same_stream
 
 SDPA = aten.scaled_dot_product_attention.default
-SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
-PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})
-PASS_THROUGH = frozenset({aten.reshape.default, aten.expand.default, aten.to.dtype, aten._to_copy.default})
-"""Operations that a score or weight matrix may pass on its way to the next product."""
-
-MASKED = -1e4
-"""A constant score below this one is a mask: exp of it is 0 in float32."""
-
-
-class _NoMatch(Exception):
-    def __init__(self, reason: Reason) -> None:
-        self.reason = reason
-
-
-def find(captured: CapturedModel) -> Iterator[Site | Skipped]:
-    """Every scaled_dot_product_attention and every softmax over tokens of the graph, as a site or a skip."""
-    known = constants(captured.program)
-    for node in captured.program.graph.nodes:
-        if node.target is SDPA:
-            matcher = _match_sdpa
-        elif node.target in SOFTMAX and len(shape_of(node)) >= 3:
-            matcher = _match_softmax
-        else:
-            continue
-        try:
-            match = matcher(node, known)
-        except _NoMatch as no:
-            yield Skipped(Kind.SELF_ATTENTION, module_path(node), source_line(node), no.reason)
-            continue
-        yield Site(_kind(match), module_path(node), source_line(node), match)
-
-
-def _kind(match: AttentionMatch) -> Kind:
-    """Self-attention when query and key are computed from the same tokens, as far as linear layers show it."""
-    sources = []
-    for node in (match.query, match.key):
-        current = movement_source(node)
-        while current.target in (aten.linear.default, aten.mul.Tensor, aten.conv2d.default, aten.addmm.default):
-            current = movement_source(current.args[0])
-        sources.append(current)
-    return Kind.SELF_ATTENTION if sources[0] is sources[1] else Kind.CROSS_ATTENTION
-
-
-def _match_sdpa(node: Node, known: Mapping[str, Tensor]) -> AttentionMatch:
-    bound = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
-    bound.update(node.kwargs)
-    query, key, value = bound["query"], bound["key"], bound["value"]
-    if bound.get("dropout_p", 0.0):
-        raise _NoMatch(Reason.DROPOUT)
-    shapes = [shape_of(t) for t in (query, key, value)]
-    if any(len(s) != 4 for s in shapes):
-        raise _NoMatch(Reason.RANK)
-    if shapes[0][1] != shapes[1][1]:
-        raise _NoMatch(Reason.GROUPED_HEADS)
-    scale = bound.get("scale")
-    match = AttentionMatch(
-        query, key, value, node,
-        scale=float(scale) if scale is not None else 1.0 / math.sqrt(shapes[0][-1]),
-        causal=bool(bound.get("is_causal", False)),
-    )  # fmt: skip
-    mask = bound.get("attn_mask")
-    if mask is None:
-        return match
-    if mask.meta["val"].dtype == torch.bool:
-        if is_constant(mask, known) and bool(evaluate(mask, known).all()):
-            return match  # transformers builds a mask even where nothing is masked
-        return replace(match, mask=mask)
-    if is_constant(mask, known):
-        return _with_constant_bias(match, _rank4(evaluate(mask, known)))
-    return replace(match, bias=mask)
-
-
-def _rank4(value: Tensor) -> Tensor:
-    return value.reshape((1,) * (4 - value.dim()) + tuple(value.shape))
-
-
-def _with_constant_bias(match: AttentionMatch, bias: Tensor) -> AttentionMatch:
-    """A constant additive mask: nothing, causality, or a finite bias. `bias` is [batch|1, heads|1, query, key]."""
-    bias = bias.float()
-    if bias.shape[0] > 1:
-        if not torch.equal(bias, bias[:1].expand_as(bias)):
-            raise _NoMatch(Reason.WINDOW_BIAS)
-        bias = bias[:1]
-    if not bias.any():
-        return match
-    query_len, key_len = shape_of(match.query)[-2], bias.shape[-1]
-    if bias.shape[-2] == query_len:
-        seen = torch.ones(query_len, key_len, dtype=torch.bool).tril()
-        if (bias[..., ~seen] < MASKED).all() and (~seen).any():
-            rest = torch.where(seen, bias, torch.zeros(()))
-            if rest.isfinite().all():
-                return replace(match, causal=True, constant_bias=rest if rest.any() else None)
-    # A row that is masked whole would be 0 by our definition and NaN or uniform in the original.
-    lowest = torch.finfo(torch.float32).min / 4
-    return replace(match, constant_bias=bias.clamp_min(lowest).contiguous())
+SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
 
 
 @dataclass(frozen=True)
-class _Scores:
-    """The way from the product of query and key to the softmax, innermost first."""
+class Operand:
+    """Query, key or value: `node` is [..., length, head_dim], or [..., head_dim, length] when `transposed`.
 
-    product: Node
-    path: tuple[Node, ...]
+    `heads` is given where it has fewer than the scores; `rotary` where a rotary embedding ends in it.
+    """
 
-
-def _match_softmax(node: Node, known: Mapping[str, Tensor]) -> AttentionMatch:
-    if node.args[1] not in (-1, len(shape_of(node)) - 1):
-        raise _NoMatch(Reason.NOT_LAST_AXIS)
-    scores = _walk_back(node.args[0], known)
-    last = _walk_forward(node)
-    if scores is None or last is None:
-        raise _NoMatch(Reason.NOT_BETWEEN_PRODUCTS)
-    product, value = scores.product, last.args[1]
-    query, key = product.args
-    shapes = [shape_of(t) for t in (query, key, value)]
-    if any(len(s) not in (3, 4) for s in shapes) or len({len(s) for s in shapes}) != 1:
-        raise _NoMatch(Reason.RANK)
-    if shapes[0][:-2] != shapes[1][:-2] or shapes[1][:-2] != shapes[2][:-2]:
-        raise _NoMatch(Reason.GROUPED_HEADS)
-    if len(shapes[0]) == 3 and scores.path:
-        raise _NoMatch(Reason.RANK)
-    match = AttentionMatch(query, key, value, last, scale=1.0, transposed_key=True)
-    match = _fold_scores(match, scores, node.args[0], known)
-    return _fold_operand_scales(match)
+    node: Node
+    transposed: bool = False
+    heads: int | None = None
+    rotary: Rotary | None = None
 
 
-def _walk_back(node: Node, known: Mapping[str, Tensor]) -> _Scores | None:
-    """From the softmax's input to the product, along operands of its own size that depend on run-time values."""
-    path: list[Node] = []
-    count = math.prod(shape_of(node))
-    current = node
-    while current.target not in PRODUCTS:
-        sized = [
-            n for n in current.all_input_nodes
-            if is_tensor(n) and math.prod(shape_of(n)) == count and not is_constant(n, known)
-        ]  # fmt: skip
-        if current.op != "call_function" or not sized:
-            return None
-        path.append(current)
-        current = sized[0]
-    return _Scores(current, tuple(path))
+@dataclass(frozen=True)
+class AttentionMatch:
+    """softmax(cap(scale * query key^T) + bias) value, where the mask allows.
+
+    `lead` are the axes before [query_len, key_len] of the scores at the example batch; the last one counts heads.
+    `constant_bias` is [windows, heads|1, query_len, key_len], finite: one for all, or one for each window of a sample.
+    `bias` or `mask` is a run-time node; `inverted_mask` says that the mask is true where a key is hidden.
+    `head_scale` [heads] says that scores are cosines times it. `result` is replaced; with `transposed_result` it is
+    [..., head_dim, query_len]. `place` is known for self-attention on one packed tensor, or three alike: in the natural
+    order of tokens where sites can stay in it, else in the sources' own; `local_place` is always the latter. `exits` are
+    the movements behind the result that restore the natural order (see regions.py).
+    """
+
+    query: Operand
+    key: Operand
+    value: Operand
+    result: Node
+    lead: tuple[int, ...]
+    scale: float
+    causal: bool = False
+    softcap: float = 0.0
+    head_scale: Tensor | None = None
+    constant_bias: Tensor | None = None
+    bias: Node | None = None
+    mask: Node | None = None
+    inverted_mask: bool = False
+    transposed_result: bool = False
+    place: Place | None = None
+    local_place: Place | None = None
+    layout: Layout | None = None
+    exits: tuple[Node, ...] = ()
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """(query_len, key_len) at the example batch."""
+        query, key = shape_of(self.query.node), shape_of(self.key.node)
+        return query[-1 if self.query.transposed else -2], key[-1 if self.key.transposed else -2]
 
 
-def _walk_forward(node: Node) -> Node | None:
-    """The one product that consumes the weights as its first operand."""
-    current = only_user(node)
-    weights = node
-    while current is not None and current.target in PASS_THROUGH:
+def find(captured: CapturedModel) -> Iterator[Site | Skipped]:
+    """Every scaled_dot_product_attention and every softmax of the graph, as a site or a skip."""
+    finder = _Finder(captured)
+    for node in captured.program.graph.nodes:
+        finder.layout.tokens(node)  # in the graph's order, so that no way back is long
+        if node.target is SDPA:
+            matcher = finder.match_sdpa
+        elif node.target in SOFTMAX:
+            matcher = finder.match_softmax
+        else:
+            continue
+        where = module_path(node), source_line(node)
+        try:
+            match, kind = finder.finish(matcher(node))
+        except NoMatch as no:
+            kind = Kind.SOFTMAX if no.reason is Reason.NOT_BETWEEN_PRODUCTS else Kind.SELF_ATTENTION
+            yield Skipped(kind, *where, no.reason, node)
+            continue
+        yield Site(kind, *where, match, node)
+
+
+class _Finder:
+    def __init__(self, captured: CapturedModel) -> None:
+        self.known = constants(captured.program)
+        self.layout = Layout(self.known)
+        self.batch = captured.batch or captured.inputs[0].shape[0]
+        self.fixed_length = captured.sequence is None
+
+    def match_sdpa(self, node: Node) -> AttentionMatch:
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        bound = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        query, key, value = (Operand(bound[name]) for name in names[:3])
+        if bound.get("dropout_p", 0.0):
+            raise NoMatch(Reason.DROPOUT)
+        shapes = [shape_of(o.node) for o in (query, key, value)]
+        if len({len(s) for s in shapes}) != 1 or len(shapes[0]) < 3:
+            raise NoMatch(Reason.RANK)
+        if shapes[1][:-2] != shapes[0][:-2]:
+            key, value = (replace(o, heads=shape_of(o.node)[-3]) for o in (key, value))
+        scale = bound.get("scale")
+        match = AttentionMatch(
+            query, key, value, node, lead=shapes[0][:-2],
+            scale=float(scale) if scale is not None else 1.0 / math.sqrt(shapes[0][-1]),
+            causal=bool(bound.get("is_causal", False)),
+        )  # fmt: skip
+        mask = bound.get("attn_mask")
+        if mask is None:
+            return self._prepared(match, None)
+        if not is_constant(mask, self.known):
+            is_mask = mask.meta["val"].dtype == torch.bool
+            match = replace(match, mask=mask) if is_mask else replace(match, bias=mask)
+            return self._prepared(match, None)
+        constant = evaluate(mask, self.known)
+        if constant.dtype == torch.bool:
+            constant = torch.zeros(constant.shape).masked_fill(~constant, -math.inf)
+        full = (*match.lead, *match.lengths)
+        return self._prepared(match, constant.float().expand(full).reshape(-1, *full[-2:]))
+
+    def match_softmax(self, node: Node) -> AttentionMatch:
+        if node.args[1] not in (-1, len(shape_of(node)) - 1):
+            raise NoMatch(Reason.NOT_LAST_AXIS)
+        scores = read_scores(node.args[0], self.known)  # type: ignore[arg-type]
+        last, value_node, transposed = _walk_forward(node)
+        query, key = scores.product.args[:2]
+        assert isinstance(query, Node)
+        assert isinstance(key, Node)
+        lead = scores.shape[:-2]
+        matrices = math.prod(lead)
+        if any(math.prod(shape_of(n)[:-2]) != matrices for n in (query, key, value_node)):
+            raise NoMatch(Reason.LAYOUT)
+        if len(lead) < 1 or shape_of(query)[-2] != scores.shape[-2]:
+            raise NoMatch(Reason.RANK)
+        match = AttentionMatch(
+            Operand(query), Operand(key, transposed=True), Operand(value_node, transposed=transposed), last, lead,
+            scale=1.0, softcap=scores.softcap, bias=scores.bias, mask=scores.mask, inverted_mask=scores.inverted,
+            transposed_result=transposed,
+        )  # fmt: skip
+        return self._prepared(self._scaled(match, scores.scale), scores.constant)
+
+    def _scaled(self, match: AttentionMatch, scale: Tensor) -> AttentionMatch:
+        """One scale for all matrices, or one for each head."""
+        if torch.allclose(scale, scale[:1].expand_as(scale), rtol=1e-5):
+            return replace(match, scale=match.scale * float(scale[0]))
+        heads = match.lead[-1]
+        per_head = scale[:heads]
+        if not torch.allclose(scale, per_head.repeat(len(scale) // heads), rtol=1e-5):
+            raise NoMatch(Reason.NOT_AFFINE)
+        return replace(match, head_scale=per_head.clone())
+
+    def _prepared(self, match: AttentionMatch, constant: Tensor | None) -> AttentionMatch:
+        """Operands without what the operator does itself; the constant as bias, mask or causality."""
+        key_node, key_transposed = upright(match.key.node, match.key.transposed)
+        query_node, query_factor = without_scales(match.query.node, self.known)
+        key_node, key_factor = without_scales(key_node, self.known)
+        key_node, key_transposed = upright(key_node, key_transposed)
+        match = replace(
+            match, scale=match.scale * query_factor * key_factor,
+            query=replace(match.query, node=query_node), key=replace(match.key, node=key_node, transposed=key_transposed),
+        )  # fmt: skip
+        match = self._normalized(match)
+        match = replace(
+            match,
+            query=self._rotated(match.query),
+            key=self._rotated(self._grouped(match.key)),
+            value=self._grouped(match.value),
+        )
+        if match.key.heads != match.value.heads:
+            raise NoMatch(Reason.LAYOUT)
+        if (match.bias or match.mask) is not None and len(match.lead) > 2:
+            raise NoMatch(Reason.MASK_SHAPE)
+        match = self._with_place(match)
+        return match if constant is None else _with_constant(match, constant, self.batch)
+
+    def _normalized(self, match: AttentionMatch) -> AttentionMatch:
+        """Cosine attention: both operands are unit vectors, which the operator makes itself."""
+        key, transposed = upright(match.key.node, match.key.transposed)
+        sources = [normalized_source(n, self.known) for n in (match.query.node, key)]
+        if match.head_scale is None and None in sources:
+            return match
+        if None in sources or transposed:
+            raise NoMatch(Reason.NOT_AFFINE)
+        assert sources[0] is not None
+        assert sources[1] is not None
+        for node, source in ((match.query.node, sources[0]), (key, sources[1])):
+            self.layout.pass_through(node, source)
+        head_scale = match.head_scale if match.head_scale is not None else torch.ones(match.lead[-1])
+        return replace(match, query=Operand(sources[0]), key=Operand(sources[1]), head_scale=head_scale)
+
+    def _grouped(self, operand: Operand) -> Operand:
+        if operand.heads is not None:
+            return operand
+        found = unrepeated(operand.node, self.layout)
+        if found is None:
+            return operand
+        node, heads, flipped = found
+        return Operand(node, operand.transposed != flipped, heads)
+
+    def _rotated(self, operand: Operand) -> Operand:
+        rotary = None if operand.transposed else rotary_source(operand.node, self.layout, self.known)
+        if rotary is not None:
+            self.layout.pass_through(operand.node, rotary.source)
+        return replace(operand, rotary=rotary)
+
+    def _with_place(self, match: AttentionMatch) -> AttentionMatch:
+        """Self-attention on one tensor, or on three alike, as windows of its tokens."""
+        operands = (match.query, match.key, match.value)
+        if any(o.rotary is not None or o.heads is not None for o in operands):
+            return match
+        parts = [read_part(self.layout, o.node, o.transposed) for o in operands]
+        if any(p is None for p in parts):
+            return match
+        natural = place(parts, self.batch, natural=True)  # type: ignore[arg-type]
+        local = place(parts, self.batch, natural=False)  # type: ignore[arg-type]
+        if (match.bias or match.mask) is not None:  # a run-time bias has a row for each window of the batch
+            natural, local = (p if p is None or len(p.index) == 1 else None for p in (natural, local))
+        if match.softcap or not self.fixed_length:  # the indexed forms know no cap, and an index map has one length
+            natural, local = (p if p is None or not p.windowed else None for p in (natural, local))
+        natural, local = (p if p is not None and self._worth_packing(p) else None for p in (natural, local))
+        return replace(match, place=natural, local_place=local, layout=self.layout)
+
+    def _worth_packing(self, spot: Place) -> bool:
+        """Windows always; else where the packed tensor is there, or its projection's rows only need another order."""
+        one_linear = len(spot.sources) == 1 and spot.sources[0].target is aten.linear.default
+        return (
+            spot.windowed or one_linear or (spot.order is None and len(spot.sources) == 1 and not spot.channels_first)
+        )
+
+    def finish(self, match: AttentionMatch) -> tuple[AttentionMatch, Kind]:
+        """Registers what the result holds, so that what follows is followed in the natural order."""
+        spot = match.place
+        if spot is not None:
+            coordinates = ResultCoordinates(spot.heads, spot.index.shape[1], spot.head_dim, match.transposed_result)
+            shifts = torch.arange(self.batch)[:, None, None] * spot.tokens
+            flat = torch.where(spot.index < 0, -1, spot.index + shifts).flatten()
+            self.layout.register_result(match.result, coordinates, Tokens(flat, spot.tokens * self.batch))
+        return match, self._kind(match)
+
+    def _kind(self, match: AttentionMatch) -> Kind:
+        """Cross-attention where queries and keys stand for different tokens. A window that holds all tokens is none."""
+        starts = (o.node if o.rotary is None else o.rotary.source for o in (match.query, match.key))
+        if not same_stream(*starts, self.known):
+            return Kind.CROSS_ATTENTION
+        if match.place is not None:
+            return Kind.WINDOW_ATTENTION if match.place.windowed else Kind.SELF_ATTENTION
+        keys = read_part(self.layout, match.key.node, match.key.transposed)
+        if keys is not None and _in_windows(keys, self.batch):
+            return Kind.WINDOW_ATTENTION
+        query_len, key_len = match.lengths
+        return Kind.SELF_ATTENTION if query_len == key_len else Kind.CROSS_ATTENTION
+
+
+def _in_windows(keys: Part, batch: int) -> bool:
+    """True when the matrices of one sample see different tokens, or the padding around them."""
+    rows = keys.rows[: len(keys.rows) // batch]
+    return bool((rows != rows[:1]).any()) or bool((rows < 0).any())
+
+
+def _walk_forward(node: Node) -> tuple[Node, Node, bool]:
+    """The product that weights the values: (product, values, whether it is values^T weights^T)."""
+    weights, current, flipped, mixed = node, only_user(node), False, False
+    rank = len(shape_of(node))
+    while current is not None and current.target not in PRODUCTS:
+        source, exchanged = upright(current, True)
+        if current.target in PLAIN:
+            pass
+        elif source is weights and not exchanged:
+            flipped = not flipped
+        elif current.target in MIXERS:
+            mixed = True
+        else:
+            raise NoMatch(Reason.NOT_BETWEEN_PRODUCTS)
         weights, current = current, only_user(current)
-    if current is None or current.target not in PRODUCTS or current.args[0] is not weights:
-        return None
-    return current if len(shape_of(weights)) == len(shape_of(node)) else None
+    if current is None:
+        raise NoMatch(Reason.NOT_BETWEEN_PRODUCTS)
+    if mixed:
+        raise NoMatch(Reason.HEADS_MIXED if rank >= 4 else Reason.NOT_BETWEEN_PRODUCTS)
+    first, second = current.args[:2]
+    assert isinstance(first, Node)
+    assert isinstance(second, Node)
+    if first is weights and not flipped:
+        return current, second, False
+    if second is weights and flipped:
+        return current, first, True
+    raise NoMatch(Reason.NOT_BETWEEN_PRODUCTS)
 
 
-def _fold_scores(match: AttentionMatch, scores: _Scores, end: Node, known: Mapping[str, Tensor]) -> AttentionMatch:
-    """Scale, bias and mask from what the path does to zeros and to random scores."""
-    on_path = {*scores.path, scores.product}
-    side = [n for p in scores.path for n in p.all_input_nodes if n not in on_path and is_tensor(n)]
-    runtime = list(dict.fromkeys(n for n in side if not is_constant(n, known)))
-    if len(runtime) > 1:
-        raise _NoMatch(Reason.RUNTIME_OPERANDS)
-    values = dict(known)
-    for operand in runtime:
-        value = operand.meta["val"]
-        values[operand.name] = torch.zeros(shape_of(operand), dtype=value.dtype)
-    shape = shape_of(scores.product)
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(shape, generator=generator)
-    try:
-        bias = evaluate(end, {**values, scores.product.name: torch.zeros(shape)})
-        shifted = evaluate(end, {**values, scores.product.name: probe})
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise _NoMatch(Reason.NOT_AFFINE) from error
-    if bias.shape != probe.shape:
-        raise _NoMatch(Reason.RANK)
-    seen = bias > MASKED
-    gain = (shifted - bias)[seen]
-    scale = float((gain * probe[seen]).sum() / (probe[seen] ** 2).sum())
-    if not torch.allclose(gain, scale * probe[seen], rtol=1e-4, atol=1e-4 * abs(scale)):
-        raise _NoMatch(Reason.NOT_AFFINE)
-    match = replace(match, scale=match.scale * scale)
-    if len(shape) == 4:
-        match = _with_constant_bias(match, bias)
-    if runtime:
-        match = _with_runtime_operand(match, scores, runtime[0])
-    return match
+def _with_constant(match: AttentionMatch, constant: Tensor, batch: int) -> AttentionMatch:
+    """A constant added to the scores, [matrices, query_len, key_len]: nothing, causality, or a finite bias."""
+    if not bool(constant.any()):
+        return match
+    heads = match.place.heads if match.place is not None else match.lead[-1]
+    per_window = constant.reshape(-1, heads, *constant.shape[-2:])
+    if len(per_window) % batch == 0:
+        per_window = per_window.reshape(batch, -1, *per_window.shape[1:])
+        if not torch.equal(per_window, per_window[:1].expand_as(per_window)):
+            raise NoMatch(Reason.LAYOUT)
+        per_window = per_window[0]
+    per_window = _narrowed(_narrowed(per_window, 0), 1)
+    query_len, key_len = per_window.shape[-2:]
+    seen = torch.ones(query_len, key_len, dtype=torch.bool).tril()
+    if query_len == key_len > 1 and len(per_window) == 1 and bool((per_window[..., ~seen] < MASKED).all()):
+        rest = torch.where(seen, per_window, torch.zeros(()))
+        if bool((rest > MASKED).all()):
+            return replace(match, causal=True, constant_bias=rest if bool(rest.any()) else None)
+    # A row that is masked whole would be 0 by our definition and NaN or uniform in the original.
+    lowest = torch.finfo(torch.float32).min / 4
+    return replace(match, constant_bias=per_window.clamp_min(lowest).contiguous())
 
 
-def _with_runtime_operand(match: AttentionMatch, scores: _Scores, operand: Node) -> AttentionMatch:
-    """An added float mask, or a boolean one of masked_fill (true where a key is hidden)."""
-    user = next(p for p in scores.path if operand in p.all_input_nodes)
-    after = scores.path[: scores.path.index(user)]
-    scaled_after = any(p.target not in (aten.add.Tensor, *PASS_THROUGH) for p in after)
-    if scaled_after or len(shape_of(operand)) > 4:
-        raise _NoMatch(Reason.NOT_AFFINE)
-    if user.target is aten.add.Tensor and not user.kwargs:
-        if match.constant_bias is not None:
-            raise _NoMatch(Reason.RUNTIME_OPERANDS)
-        return replace(match, bias=operand)
-    fill = user.args[2] if user.target is aten.masked_fill.Scalar else 0.0
-    if isinstance(fill, (int, float)) and fill < MASKED and operand.meta["val"].dtype == torch.bool:
-        return replace(match, mask=operand, inverted_mask=True)
-    raise _NoMatch(Reason.NOT_AFFINE)
+def _narrowed(value: Tensor, axis: int) -> Tensor:
+    """One entry along the axis where all are the same."""
+    first = value.narrow(axis, 0, 1)
+    return first if torch.equal(value, first.expand_as(value)) else value
 
 
-def _fold_operand_scales(match: AttentionMatch) -> AttentionMatch:
-    """A scalar factor on query or key moves into the scale."""
-    scale = match.scale
-    operands = {"query": match.query, "key": match.key}
-    for name, node in operands.items():
-        while node.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
-            factor = node.args[1]
-            if not isinstance(factor, (int, float)) or not isinstance(node.args[0], Node):
-                break
-            scale = scale * factor if "mul" in str(node.target) else scale / factor
-            node = node.args[0]
-        operands[name] = node
-    return replace(match, scale=scale, query=operands["query"], key=operands["key"])
+__all__ = ["MOVES", "SDPA", "SOFTMAX", "AttentionMatch", "Operand", "find"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,16 +17,32 @@ from torch.fx import Graph, GraphModule, Node
 
 from attn_deploy.export.graph import aten
 
+Size = int | torch.SymInt
+
+
+class FixedSize(Exception):
+    """Raised where a new node would hold for one size of a dynamic dimension only."""
+
 
 class Editor:
-    """A copy of a program under rewriting. Nodes are named by the original; `at` gives their place in the copy."""
+    """A copy of a program under rewriting. Nodes are named by the original; `at` gives their place in the copy.
 
-    def __init__(self, program: ExportedProgram) -> None:
+    `batch` is the batch size of the graph's example. With `keep_sizes` a new node that would fix a dynamic dimension
+    raises FixedSize.
+    """
+
+    def __init__(self, program: ExportedProgram, batch: int, *, keep_sizes: bool = False) -> None:
         copied: dict[Node, Node] = {}
         graph = Graph()
         result = graph.graph_copy(program.graph, copied)
         original_output = next(n for n in program.graph.nodes if n.op == "output")
         graph.output(result).meta.update(original_output.meta)
+        self.original = program
+        self.batch = batch
+        self.natural: dict[Node, Node] = {}
+        """Original node -> its value in the natural order of tokens (see natural.py)."""
+        self.left: set[Node] = set()
+        """Movements behind which the natural order goes on."""
         self._copied = copied
         self._moved: dict[Node, Node] = {}
         self._counter = itertools.count()
@@ -37,6 +54,15 @@ class Editor:
             n.meta["val"].fake_mode for n in program.graph.nodes if isinstance(n.meta.get("val"), Tensor)
         )
         self._anchor: Node | None = None
+        self._keep_sizes = keep_sizes
+        self._sizes: dict[str, Node] = {}
+        self.site: object = None
+        """What new nodes are made for: kept in their meta as `site`."""
+        users = set(program.graph_signature.user_inputs)
+        self._inputs = [copied[n] for n in program.graph.find_nodes(op="placeholder") if n.name in users]
+        first = self._inputs[0].meta["val"].shape
+        self.batch_size: Size = first[0] if len(first) else batch
+        """The batch as it stands in shapes: a symbol where it is dynamic."""
 
     def at(self, original: Node) -> Node:
         """The node that now stands for a node of the original program."""
@@ -48,22 +74,93 @@ class Editor:
     @contextmanager
     def at_site(self, original: Node, origin: Node | None = None) -> Iterator[None]:
         """New nodes go before `original` and take over the module path and source line of `origin` (itself if None)."""
-        self._anchor = origin or original
+        outer, self._anchor = self._anchor, origin or original
         with self.graph.inserting_before(self.at(original)):
             yield
-        self._anchor = None
+        self._anchor = outer
 
-    def call(self, target: Callable[..., Any], *args: Any) -> Node:
+    @contextmanager
+    def behind(self, original: Node) -> Iterator[None]:
+        """New nodes go right behind `original`, or behind all inputs where it is one."""
+        outer, self._anchor = self._anchor, original
+        place = self.at(original)
+        while place.op == "placeholder" and place.next.op == "placeholder":
+            place = place.next
+        with self.graph.inserting_before(place.next):  # inserting_after would turn the order of several nodes round
+            yield
+        self._anchor = outer
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """A new node; its meta is computed by running `target` on fake tensors."""
         assert self._anchor is not None
-        node = self.graph.call_function(target, args)
-        with self._fake_mode:
-            values = torch.fx.map_arg(args, lambda n: n.meta["val"])
-            node.meta["val"] = target(*values)
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["site"] = self.site
+        with self._fake_mode, self._sizes_kept():
+            values, named = (torch.fx.map_arg(a, lambda n: n.meta["val"]) for a in (args, kwargs))
+            node.meta["val"] = target(*values, **named)
         for key in ("nn_module_stack", "stack_trace", "torch_fn"):
             if key in self._anchor.meta:
                 node.meta[key] = self._anchor.meta[key]
         return node
+
+    def reshape_like(self, value: Node, original: Node) -> Node:
+        """`value` in the shape of a node of the original program."""
+        return self.reshape(value, original.meta["val"].shape)
+
+    @contextmanager
+    def _sizes_kept(self) -> Iterator[None]:
+        """torch would note a condition on the size, such as that it is the example's, and go on."""
+        if not self._keep_sizes:
+            yield
+            return
+        logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)
+        try:
+            with self._fake_mode.shape_env.error_on_new_guards():
+                yield
+        except RuntimeError as error:  # what torch raises has no public name, or is a shape that does not fit
+            raise FixedSize(str(error)) from error
+        finally:
+            logger.setLevel(level)
+
+    def reshape(self, node: Node, shape: Sequence[Size | None]) -> Node:
+        """`node` in another shape; sizes may be symbolic, and None is what the others leave. No new node where that is
+        its shape already."""
+        before = node.meta["val"].shape
+        if len(before) == len(shape) and all(s is None or str(s) == str(b) for s, b in zip(shape, before, strict=True)):
+            return node
+        left = [axis for axis, size in enumerate(shape) if size is None]
+        sizes: dict[int, Size | Node] = {axis: size for axis, size in enumerate(shape) if size is not None}
+        symbolic = [axis for axis, size in sizes.items() if isinstance(size, torch.SymInt)]
+        if not left and symbolic:  # one size follows from the others
+            left = [next((axis for axis in symbolic if self._input_axis(sizes[axis]) is None), symbolic[0])]
+        for axis in symbolic:
+            if axis not in left:
+                sizes[axis] = self._size(sizes[axis])
+        arguments = [-1 if axis in left else sizes[axis] for axis in range(len(shape))]
+        return self.call(aten.reshape.default, node, arguments)
+
+    def _size(self, size: Any) -> Node:
+        """A dynamic size as a node behind the inputs."""
+        found = self._sizes.get(str(size))
+        if found is None:
+            place = self._input_axis(size)
+            if place is None:
+                raise FixedSize(f"no input has a dimension of size {size}")
+            with self.graph.inserting_after(self._inputs[-1]):
+                found = self.graph.call_function(aten.sym_size.int, place)
+            found.meta["val"] = size
+            self._sizes[str(size)] = found
+        return found
+
+    def _input_axis(self, size: Any) -> tuple[Node, int] | None:
+        """The input, and the axis of it, that is as long."""
+        for node in self._inputs:
+            for axis, other in enumerate(node.meta["val"].shape):
+                if str(other) == str(size):
+                    return node, axis
+        return None
 
     def constant(self, value: Tensor) -> Node:
         """A new constant as a graph input, placed before the user's."""
@@ -92,6 +189,7 @@ class Editor:
         """The rewritten program: permutations composed, dead code gone, checked by torch.export's verifier."""
         _compose_permutations(self.graph)
         _compose_reshapes(self.graph)
+        self._name_outputs()
         self.graph.eliminate_dead_code(_must_stay)
         self.graph.lint()
         module = GraphModule(self._program.graph_module, self.graph)
@@ -108,10 +206,26 @@ class Editor:
             verifiers=self._program.verifiers,
         )
 
+    def _name_outputs(self) -> None:
+        """An output that was a cancelled permutation or reshape is now the node behind it."""
+        output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        for spec, node in zip(self._signature.output_specs, output.args[0], strict=True):
+            if isinstance(spec.arg, TensorArgument) and isinstance(node, Node):
+                spec.arg = TensorArgument(node.name)
+
+
+_WITHOUT_EFFECT = frozenset({aten.scaled_dot_product_attention.default, aten._assert_tensor_metadata.default})
+"""torch.fx keeps an attention for the random numbers that its dropout might draw, and what was asserted of a tensor
+when it was traced: both go with what they stand for."""
+
 
 def _must_stay(node: Node) -> bool:
-    """torch.fx keeps every scaled_dot_product_attention for the random numbers that its dropout might draw."""
-    return node.is_impure() and node.target is not aten.scaled_dot_product_attention.default
+    return node.is_impure() and node.target not in _WITHOUT_EFFECT
+
+
+def _is_output(node: Node) -> bool:
+    """The program's signature names its outputs: such a node must stay."""
+    return any(user.op == "output" for user in node.users)
 
 
 def _permutation(node: Node) -> list[int] | None:
@@ -131,7 +245,7 @@ def _compose_permutations(graph: Graph) -> None:
     """A permutation of a permutation becomes one, or none when they cancel."""
     for node in list(graph.nodes):
         outer = _permutation(node)
-        if outer is None:
+        if outer is None or _is_output(node):
             continue
         source = node.args[0]
         inner = _permutation(source)
@@ -146,7 +260,7 @@ def _compose_permutations(graph: Graph) -> None:
 def _compose_reshapes(graph: Graph) -> None:
     """A reshape of a reshape becomes one, or none when it restores the shape."""
     for node in list(graph.nodes):
-        if node.target is not aten.reshape.default:
+        if node.target is not aten.reshape.default or _is_output(node):
             continue
         source = node.args[0]
         if source.target is aten.reshape.default:

@@ -29,7 +29,7 @@ def load_source(text: str, request: SourceRequest) -> LoadedSource:
         try:
             return factory.load(_named(request, text))
         except UsageError as error:
-            if error.what.startswith("the module") and "." not in prefix:
+            if error.what.startswith(f"the module {prefix} cannot") and "." not in prefix:
                 error.next_step = f"{error.next_step}; as a kind of source: {nearest(prefix, SOURCES)}"
             raise
     raise UsageError(

@@ -92,7 +92,7 @@ BAD_EXPORTS: dict[str, tuple[Callable[[Path], list[Any]], list[str]]] = {
     ),
     "a shape of another rank": (
         lambda _: ["tiny_models:gated", "--input", "x=1x3x16"],
-        ["the model cannot be traced", "check --input against what the model takes"],
+        ["the model does not run on its example", "check --input against what the model takes"],
     ),
     "an input that the model does not have": (
         lambda _: ["demo", "--input", "picture=1x1x16x16"],

@@ -89,7 +89,8 @@ def test_no_norm_weight_or_batch_statistic_is_zero_or_at_its_default() -> None:
 def test_a_module_that_does_not_run_on_its_example_is_an_error_that_names_it() -> None:
     with pytest.raises(UsageError, match="does not run") as caught:
         initialize(nn.Linear(3, 4), {"input": torch.zeros(2, 5)})
-    assert caught.value.where == "Linear"
+    assert caught.value.where == "Linear, module (root)"
+    assert "input=[2, 5]" in str(caught.value)
 
 
 class Corrupted(ForwardTap):

@@ -281,15 +281,17 @@ class Outer(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("kind", "line", "advice"),
+    ("kind", "what", "line", "advice"),
     [
-        ("branch", "x.mean() > 0", "torch.where"),
-        ("shape", "self.linear(x[:, :3]", "--input"),
+        ("branch", "cannot be traced", "x.mean() > 0", "torch.where"),
+        ("shape", "does not run on its example", "self.linear(x[:, :3]", "--input"),
     ],
 )
-def test_a_model_that_does_not_trace_is_told_by_module_line_and_advice(kind: str, line: str, advice: str) -> None:
+def test_a_model_that_cannot_be_captured_is_told_by_module_line_and_advice(
+    kind: str, what: str, line: str, advice: str
+) -> None:
     source = LoadedSource("m", "m", Outer(kind).eval(), (ExampleInput("x", (1, 4)),), "")
-    with pytest.raises(CaptureError, match="cannot be traced") as raised:
+    with pytest.raises(CaptureError, match=what) as raised:
         capture(source, BATCH)
     where = str(raised.value.where)
     assert "module blocks.1" in where

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,10 +108,11 @@ def some_keys(rng: np.random.Generator, *shape: int) -> Array:
 
 
 def biased_and_masked(
-    rng: np.random.Generator, form: str, *, bias: tuple[int, ...], mask: tuple[int, ...]
+    rng: np.random.Generator, form: str, *, heads: int, bias: tuple[int, ...], mask: tuple[int, ...]
 ) -> list[Array]:
     """The optional inputs that the form's name asks for."""
-    extra = [floats(rng, *bias)] if "Bias" in form else []
+    extra = [4 * np.abs(floats(rng, heads))] if "Cosine" in form else []
+    extra += [floats(rng, *bias)] if "Bias" in form else []
     return extra + ([some_keys(rng, *mask)] if "Mask" in form else [])
 
 
@@ -135,6 +137,9 @@ PACKED_SIZES = {
 
 def attention_case(form: str, size: str, bias_rows: str = "of its own") -> Case:
     batch, query_len, key_len, heads, head_dim, value_dim = ATTENTION_SIZES[size]
+    kv_heads = heads
+    if "Grouped" in form:
+        heads *= 3
 
     def make(rng: np.random.Generator) -> list[Array]:
         leading = {
@@ -145,13 +150,20 @@ def attention_case(form: str, size: str, bias_rows: str = "of its own") -> Case:
         }[bias_rows]
         return [
             floats(rng, batch, query_len, heads, head_dim),
-            floats(rng, batch, key_len, heads, head_dim),
-            floats(rng, batch, key_len, heads, value_dim),
-            *biased_and_masked(rng, form, bias=(*leading, query_len, key_len), mask=(*leading, query_len, key_len)),
+            floats(rng, batch, key_len, kv_heads, head_dim),
+            floats(rng, batch, key_len, kv_heads, value_dim),
+            *biased_and_masked(
+                rng, form, heads=heads, bias=(*leading, query_len, key_len), mask=(*leading, query_len, key_len)
+            ),
         ]
 
     about = size if bias_rows == "of its own" else f"{size}, bias and mask {bias_rows}"
-    return Case(form, about, make, {"scale": 0.375})
+    return Case(form, about, make, scaled(form, 0.375))
+
+
+def scaled(form: str, scale: float) -> Attributes:
+    """The attributes of an attention form; the cap is in the range of the scores, so that it bends them."""
+    return {"scale": scale} | ({"softcap": 1.5} if "Softcap" in form else {})
 
 
 def key_mask_case(form: str) -> Case:
@@ -159,29 +171,32 @@ def key_mask_case(form: str) -> Case:
 
     def make(rng: np.random.Generator) -> list[Array]:
         arrays = [floats(rng, 3, n, 2, 4) for n in (5, 7, 7)]
-        return arrays + biased_and_masked(rng, form, bias=(1, 2, 5, 7), mask=(3, 1, 1, 7))
+        return arrays + biased_and_masked(rng, form, heads=2, bias=(1, 2, 5, 7), mask=(3, 1, 1, 7))
 
-    return Case(form, "mask of keys", make, {"scale": 0.5})
+    return Case(form, "mask of keys", make, scaled(form, 0.5))
 
 
 def large_scores_case(form: str) -> Case:
     """Scores in the thousands: their exponential alone overflows."""
+    heads = 6 if "Grouped" in form else 2
 
     def make(rng: np.random.Generator) -> list[Array]:
-        arrays = [floats(rng, 1, 5, 2, 4) for _ in range(3)]
-        return arrays + biased_and_masked(rng, form, bias=(1, 2, 5, 5), mask=(1, 2, 5, 5))
+        arrays = [floats(rng, 1, 5, count, 4) for count in (heads, 2, 2)]
+        return arrays + biased_and_masked(rng, form, heads=heads, bias=(1, heads, 5, 5), mask=(1, heads, 5, 5))
 
-    return Case(form, "scores in the thousands", make, {"scale": 1024.0})
+    return Case(form, "scores in the thousands", make, scaled(form, 1024.0))
 
 
 def packed_case(form: str, size: str) -> Case:
     batch, tokens, heads, head_dim = PACKED_SIZES[size]
 
     def make(rng: np.random.Generator) -> list[Array]:
-        optional = biased_and_masked(rng, form, bias=(1, heads, tokens, tokens), mask=(batch, 1, tokens, tokens))
+        optional = biased_and_masked(
+            rng, form, heads=heads, bias=(1, heads, tokens, tokens), mask=(batch, 1, tokens, tokens)
+        )
         return [floats(rng, batch, tokens, 3, heads, head_dim), *optional]
 
-    return Case(form, size, make, {"scale": 0.375})
+    return Case(form, size, make, scaled(form, 0.375))
 
 
 INDEX_MAPS = {
@@ -202,6 +217,7 @@ def indexed_case(form: str, about: str, batch: int) -> Case:
 
     def make(rng: np.random.Generator) -> list[Array]:
         arrays = [floats(rng, batch, tokens, 3, heads, head_dim), index, floats(rng, 3, heads, head_dim)]
+        arrays += [4 * np.abs(floats(rng, heads))] if "Cosine" in form else []
         if "Bias" in form:  # fewer biases than windows, in no order
             distinct = max(1, windows - 1)
             chosen = np.array([distinct - 1, *rng.integers(0, distinct, windows - 1)], np.int64)
@@ -236,25 +252,109 @@ def gate_case(form: str, about: str) -> Case:
     return Case(form, about, make, {})
 
 
+def channel_attention_case(form: str, size: str) -> Case:
+    batch, tokens, heads, head_dim = PACKED_SIZES[size]
+
+    def make(rng: np.random.Generator) -> list[Array]:
+        qkv = floats(rng, batch, tokens, 3, heads, head_dim)
+        qkv[:, :, :2, 0, 0] = 0.0  # a channel of length zero: divided by the least length, not by zero
+        if form.endswith("ChannelsFirst"):
+            qkv = np.ascontiguousarray(np.moveaxis(qkv, 1, -1))
+        return [qkv, rng.uniform(0.5, 2.0, heads).astype(np.float32)]
+
+    return Case(form, size, make, {})
+
+
+# batch, groups, tokens, channels
+CONTEXT_SIZES = {
+    "one token": (1, 1, 1, 1),
+    "primes": (3, 2, 7, 5),
+    "one group": (3, 1, 64, 11),
+    "pixels": (1, 4, 16, 8),
+}
+
+
+def context_pool_case(form: str, size: str, largest_score: float = 4.0) -> Case:
+    batch, groups, tokens, channels = CONTEXT_SIZES[size]
+    values = (batch, channels, groups, tokens) if form.endswith("ChannelsFirst") else (batch, tokens, channels)
+
+    def make(rng: np.random.Generator) -> list[Array]:
+        return [largest_score * floats(rng, batch, groups, tokens), floats(rng, *values)]
+
+    return Case(form, f"{size}, scores to {largest_score}", make, {})
+
+
+BRANCH_SHAPES = {
+    "score per channel": ((3, 2, 5, 7, 11), (3, 2, 5, 1, 1)),
+    "score per pixel": ((3, 3, 5, 2, 3), (3, 3, 1, 2, 3)),
+    "one score per branch": ((1, 4, 3, 2, 2), (1, 4, 1, 1, 1)),
+    "one branch": ((2, 1, 3, 2, 2), (2, 1, 3, 1, 1)),
+}
+
+
+def branch_pool_case(about: str) -> Case:
+    x, scores = BRANCH_SHAPES[about]
+    return Case("BranchPool", about, lambda rng: [floats(rng, *x), 4 * floats(rng, *scores)], {})
+
+
+def hard_attention_case(tokens: int, k: int, distinct: int = 0) -> Case:
+    """With `distinct` scores there are ties, which the lower token wins."""
+
+    def make(rng: np.random.Generator) -> list[Array]:
+        scores = rng.integers(0, distinct, (3, tokens)).astype(np.float32) if distinct else floats(rng, 3, tokens)
+        return [scores, floats(rng, 3, tokens, 5)]
+
+    return Case("HardAttention", f"{k} of {tokens}" + (", with ties" if distinct else ""), make, {"k": k})
+
+
+def rotary_case(form: str, about: str) -> Case:
+    batch, tokens, heads, head_dim = {"smallest": (1, 1, 1, 2), "primes": (3, 7, 5, 22), "own": (3, 5, 2, 8)}[about]
+
+    def make(rng: np.random.Generator) -> list[Array]:
+        angles = floats(rng, batch if about == "own" else 1, tokens, head_dim)  # of its own: every channel differs
+        angles[:, 0] = 0.0
+        return [floats(rng, batch, tokens, heads, head_dim), np.cos(angles), np.sin(angles)]
+
+    return Case(form, f"{about}, angles {'of each sample' if about == 'own' else 'shared'}", make, {})
+
+
+def _pooling_cases(name: str) -> list[Case]:
+    """Of the softmax that is not between tokens, and of what stands around attention."""
+    if name.startswith("ChannelAttention"):
+        return [channel_attention_case(name, size) for size in PACKED_SIZES]
+    if name.startswith("ContextPool"):
+        ordinary = [context_pool_case(name, size) for size in CONTEXT_SIZES]
+        return [*ordinary, context_pool_case(name, "primes", largest_score=4096.0)]
+    if name == "BranchPool":
+        return [branch_pool_case(about) for about in BRANCH_SHAPES]
+    if name == "HardAttention":
+        return [hard_attention_case(*n) for n in ((1, 1), (7, 1), (13, 4), (9, 9), (16, 1, 3), (16, 11, 3))]
+    if name.startswith("RotaryEmbedding"):
+        return [rotary_case(name, about) for about in ("smallest", "primes", "own")]
+    return []
+
+
 def _cases() -> list[Case]:
     cases: list[Case] = []
     for name, form in FORMS.items():
         if form.operator == "Attention":
             cases += [attention_case(name, size) for size in ATTENTION_SIZES]
-            cases.append(large_scores_case(name))
+            if "Cosine" not in name:  # cosines times their scale stay small
+                cases.append(large_scores_case(name))
             if "Bias" in name or "Mask" in name:
                 shared = ("shared by the batch", "shared by the heads", "shared by all")
                 cases += [attention_case(name, "primes", rows) for rows in shared]
-            if "Mask" in name:
+            if "Mask" in name and "Grouped" not in name:
                 cases.append(key_mask_case(name))
         elif "Indexed" in name:
             cases += [indexed_case(name, about, batch) for about in INDEX_MAPS for batch in (1, 3)]
         elif form.operator == "PackedAttention":
             cases += [packed_case(name, size) for size in PACKED_SIZES]
-        elif form.operator == "ChannelPool":
+        elif form.operator in ("ChannelPool", "SpatialPool"):
             cases += [pool_case(name, *shape) for shape in ((1, 1, 1, 1), (3, 5, 7, 11), (1, 16, 1, 13), (2, 3, 8, 8))]
         elif form.operator == "Gate":
             cases += [gate_case(name, about) for about in GATE_SHAPES]
+        cases += _pooling_cases(name)
     return cases
 
 
@@ -273,26 +373,45 @@ def torch_operator(form: str) -> str:
     pools = {"ChannelPoolMean": "_mean", "ChannelPoolMax": "_max", "ChannelPoolMeanMax": "_mean_max"}
     if form in pools:
         return "channel_pool" + pools[form]
-    return {"Attention": "attention", "PackedAttention": "packed_attention", "Gate": "gate"}[FORMS[form].operator]
+    return re.sub("(?<!^)(?=[A-Z])", "_", FORMS[form].operator).lower()
+
+
+FORM_ARGUMENTS: dict[str, list[Any]] = {
+    "ChannelAttention": [False, False],
+    "ChannelAttentionUnscaled": [True, False],
+    "ChannelAttentionChannelsFirst": [False, True],
+    "ChannelAttentionUnscaledChannelsFirst": [True, True],
+    "ContextPool": [False],
+    "ContextPoolChannelsFirst": [True],
+    "BranchPool": [],
+    "RotaryEmbedding": [False],
+    "RotaryEmbeddingInterleaved": [True],
+    **{f"SpatialPool{order}": [order] for order in ("Mean", "Max", "MeanMax", "MaxMean")},
+}
+"""What the torch op is told besides its tensors, by form, where that follows from the form's name alone."""
 
 
 def torch_arguments(case: Case) -> list[Any]:
     """The torch op's arguments: what the form lacks is None."""
     names = [i.name for i in FORMS[case.form].inputs]
     given = {name: torch.from_numpy(a) for name, a in zip(names, case.arrays(), strict=True)}
+    if case.form in FORM_ARGUMENTS:
+        return [*given.values(), *FORM_ARGUMENTS[case.form]]
     operator = torch_operator(case.form)
+    if operator == "hard_attention":
+        return [*given.values(), case.attributes["k"]]
     if operator == "gate":
         activation = case.form.removeprefix("Gate").removeprefix("Residual")
         return [given["x"], given["gate"], given.get("residual"), activation]
     if operator.startswith("channel_pool"):
         return [given["x"]]
-    scale, causal = float(case.attributes["scale"]), "Causal" in case.form
-    if operator == "attention":
-        return [given["query"], given["key"], given["value"], given.get("bias"), given.get("mask"), scale, causal]
-    if operator == "packed_attention":
-        return [given["qkv"], given.get("bias"), given.get("mask"), scale, causal]
-    bias, bias_index = given.get("windows_bias"), given.get("bias_index")
-    return [given["qkv"], given["index"], given["fill"], bias, bias_index, scale]
+    scale, softcap = float(case.attributes["scale"]), float(case.attributes.get("softcap", 0.0))
+    if operator == "packed_attention_indexed":
+        bias = [given.get("windows_bias"), given.get("bias_index")]
+        return [given["qkv"], given["index"], given["fill"], given.get("head_scale"), *bias, scale]
+    parts = [given["query"], given["key"], given["value"]] if operator == "attention" else [given["qkv"]]
+    extra = [given.get("bias"), given.get("mask"), given.get("head_scale")]
+    return [*parts, *extra, scale, softcap, "Causal" in case.form]
 
 
 def torch_outputs(case: Case, arguments: list[Any]) -> tuple[torch.Tensor, ...]:
@@ -339,18 +458,19 @@ def test_exporter_picks_the_form_from_what_is_given(case: Case) -> None:
 
 def masked_row_case(form: str) -> Case:
     """Of three samples the second sees nothing at all, and the third's last query sees nothing."""
+    heads = 3 if "Grouped" in form else 1
 
     def make(rng: np.random.Generator) -> list[Array]:
         if form.startswith("Packed"):
             arrays = [floats(rng, 3, 5, 3, 2, 4)]
         else:
-            arrays = [floats(rng, 3, 5, 2, 4) for _ in range(3)]
-        extra = biased_and_masked(rng, form, bias=(3, 2, 5, 5), mask=(3, 1, 5, 5))
+            arrays = [floats(rng, 3, 5, 2 * heads, 4), *(floats(rng, 3, 5, 2, 4) for _ in range(2))]
+        extra = biased_and_masked(rng, form, heads=2 * heads, bias=(3, 2 * heads, 5, 5), mask=(3, 1, 5, 5))
         extra[-1][1] = False
         extra[-1][2, :, 4] = False
         return arrays + extra
 
-    return Case(form, "masked rows", make, {"scale": 0.5})
+    return Case(form, "masked rows", make, scaled(form, 0.5))
 
 
 MASKED_FORMS = [name for name in FORMS if name.endswith("Mask")]
@@ -431,6 +551,21 @@ def test_padding_reads_fill() -> None:
             r"bias_index \(3,\) does not fit",
         ),
         ("ChannelPoolMean", [(2, 5, 3)], {}, r"got \(2, 5, 3\)"),
+        ("SpatialPoolMeanMax", [(2, 5, 3)], {}, r"got \(2, 5, 3\)"),
+        ("ChannelAttention", [(2, 5, 3, 4), (3,)], {}, "qkv must be"),
+        ("ChannelAttentionUnscaled", [(2, 5, 3, 3, 4), (3, 1, 1)], {}, r"temperature must be \[3\].*got \(3, 1, 1\)"),
+        ("ChannelAttentionChannelsFirst", [(2, 5, 3, 3, 4), (3,)], {}, "qkv must be"),
+        ("ContextPool", [(2, 5), (2, 5, 3)], {}, r"scores must be .* got \(2, 5\)"),
+        ("ContextPool", [(2, 1, 5), (2, 3, 5)], {}, r"values must be \[2, 5, channels\]"),
+        ("ContextPoolChannelsFirst", [(2, 4, 5), (2, 3, 1, 5)], {}, r"got \(2, 3, 1, 5\)"),
+        ("BranchPool", [(2, 5, 3, 3), (2, 5, 1, 1)], {}, r"got \(2, 5, 3, 3\)"),
+        ("BranchPool", [(2, 2, 5, 3, 3), (2, 1, 5, 1, 1)], {}, "a score for every branch"),
+        ("HardAttention", [(2, 5, 1), (2, 5, 3)], {"k": 1}, r"got \(2, 5, 1\)"),
+        ("HardAttention", [(2, 5), (2, 4, 3)], {"k": 1}, r"got \(2, 4, 3\)"),
+        ("HardAttention", [(2, 5), (2, 5, 3)], {"k": 6}, "k is 6, of 5 tokens"),
+        ("RotaryEmbedding", [(2, 5, 3, 7), (1, 5, 7), (1, 5, 7)], {}, r"even head_dim\], got \(2, 5, 3, 7\)"),
+        ("RotaryEmbedding", [(2, 5, 3, 8), (1, 5, 4), (1, 5, 4)], {}, r"cos must be \[1 or 2, 5, 8\]"),
+        ("RotaryEmbedding", [(2, 5, 3, 8), (1, 5, 8), (2, 5, 8)], {}, "differ"),
         ("Gate", [(2, 5, 3, 3), (2, 5)], {}, r"gate \(2, 5\) does not broadcast"),
         ("Gate", [(2, 5, 3, 3), (2, 4, 1, 1)], {}, r"gate \(2, 4, 1, 1\) does not broadcast"),
         ("GateResidual", [(2, 5, 3, 3), (2, 5, 1, 1), (2, 5, 1, 1)], {}, "residual"),
@@ -457,6 +592,15 @@ def test_shape_rule_names_the_shape_that_does_not_fit(
         ("PackedAttentionIndexed", [(2, 7, 3, 3, 4), (4, 2), (3, 3, 4)], {"scale": 1.0, "tokens": 7}, 384 + 384),
         ("ChannelPoolMean", [(2, 5, 3, 7)], {}, 210),
         ("ChannelPoolMeanMax", [(2, 5, 3, 7)], {}, 420),
+        ("SpatialPoolMeanMax", [(2, 5, 3, 7)], {}, 420),
+        # 2 samples x 3 heads x 4 x 4 scores = 96, each with 5 products before and 5 after
+        ("ChannelAttention", [(2, 5, 3, 3, 4), (3,)], {}, 480 + 480),
+        ("ChannelAttentionChannelsFirst", [(2, 3, 3, 4, 5), (3,)], {}, 480 + 480),
+        ("ContextPool", [(2, 4, 5), (2, 5, 3)], {}, 120),
+        ("ContextPoolChannelsFirst", [(2, 4, 5), (2, 3, 4, 5)], {}, 120),
+        ("BranchPool", [(2, 2, 5, 3, 7), (2, 2, 5, 1, 1)], {}, 420),
+        ("HardAttention", [(2, 5), (2, 5, 3)], {"k": 2}, 0),
+        ("RotaryEmbedding", [(2, 5, 3, 8), (1, 5, 8), (1, 5, 8)], {}, 480),
         ("GateRelu", [(2, 5, 3, 7), (2, 5, 1, 1)], {}, 210),
         ("GateResidual", [(2, 5, 3, 7), (2, 5, 1, 1), (2, 5, 3, 7)], {}, 210),
     ],
@@ -468,7 +612,12 @@ def test_multiply_adds_are_those_counted_by_hand(
 
 
 def test_every_attention_form_stands_once_with_each_set_of_flags() -> None:
-    suffixes = {"", "Causal", "Bias", "Mask", "CausalBias", "CausalMask", "BiasMask", "CausalBiasMask"}
-    assert {n for n in FORMS if n.startswith("Attention")} == {"Attention" + s for s in suffixes}
-    plain = {f.name for f in PACKED_FORMS if "Indexed" not in f.name}
-    assert plain == {"PackedAttention" + s for s in suffixes}
+    plain = {"", "Causal", "Bias", "Mask", "CausalBias", "CausalMask", "BiasMask", "CausalBiasMask"}
+    plain |= {"Softcap" + s for s in plain}
+    cosine = {"Cosine" + s for s in ("", "Bias", "Mask", "BiasMask")}
+    assert {n for n in FORMS if n.startswith("Attention")} == {
+        *("Attention" + s for s in plain | cosine), *("AttentionGrouped" + s for s in plain)
+    }  # fmt: skip
+    assert {f.name for f in PACKED_FORMS if "Indexed" not in f.name} == {"PackedAttention" + s for s in plain | cosine}
+    indexed = {"", "Bias", "Cosine", "CosineBias"}
+    assert {f.name for f in PACKED_FORMS if "Indexed" in f.name} == {"PackedAttentionIndexed" + s for s in indexed}

@@ -1,0 +1,88 @@
+"""Parts of an ONNX model as models of their own, cut between values by name: nothing is added to the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from attn_deploy.session import Array
+
+
+@dataclass(frozen=True)
+class Part:
+    """The nodes between some values and `result`, in graph order; `inputs` are the values that it is fed with."""
+
+    result: ir.Value
+    nodes: tuple[ir.Node, ...]
+    inputs: tuple[ir.Value, ...]
+    constants: tuple[ir.Value, ...]
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return tuple(str(i.name) for i in self.inputs)
+
+
+class Cutter:
+    """Cuts parts out of one model, which it leaves as it is."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self._positions = {node: number for number, node in enumerate(model.graph)}
+
+    def part(self, result: ir.Value, boundary: Collection[str], *, through: str | None = None) -> Part:
+        """What `result` is computed with from the values named in `boundary` and the model's inputs; the one named
+        `through` is computed although it is among them."""
+        inputs: dict[ir.Value, None] = {}
+        constants: dict[ir.Value, None] = {}
+        nodes: set[ir.Node] = set()
+        pending = [result]
+        while pending:
+            value = pending.pop()
+            producer = value.producer()
+            if value.is_initializer():
+                constants[value] = None
+            elif producer is None or (value is not result and value.name != through and value.name in boundary):
+                inputs[value] = None
+            elif producer not in nodes:
+                nodes.add(producer)
+                pending.extend(i for i in producer.inputs if i is not None)
+        ordered = sorted(nodes, key=self._positions.__getitem__)
+        return Part(result, tuple(ordered), tuple(inputs), tuple(constants))
+
+    def model_of(self, part: Part, feeds: Mapping[str, Array]) -> bytes:
+        """The part as a serialized model with one output. The types of its inputs are those of `feeds`."""
+        copies: dict[ir.Value, ir.Value] = {}
+        for value in part.constants:
+            copies[value] = ir.Value(name=value.name, const_value=_in_memory(value.const_value))
+        for value in part.inputs:
+            array = feeds[str(value.name)]
+            kind = ir.TensorType(ir.DataType.from_numpy(np.asarray(array).dtype))
+            copies[value] = ir.Value(name=value.name, shape=ir.Shape([None] * array.ndim), type=kind)
+        nodes = [_copied(node, copies) for node in part.nodes]
+        result = copies[part.result]
+        result.type = result.type or ir.TensorType(ir.DataType.FLOAT)
+        graph = ir.Graph(
+            [copies[i] for i in part.inputs], [result], nodes=nodes, initializers=[copies[c] for c in part.constants],
+            opset_imports=dict(self.model.graph.opset_imports), name="part",
+        )  # fmt: skip
+        functions = [f.clone() for f in self.model.functions.values()]
+        whole = ir.Model(graph, ir_version=self.model.ir_version, functions=functions)
+        return ir.to_proto(whole).SerializeToString()
+
+
+def _in_memory(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol | None:
+    """A model given as bytes cannot refer to a file beside it."""
+    return ir.tensor(tensor.numpy(), name=tensor.name) if isinstance(tensor, ir.ExternalTensor) else tensor
+
+
+def _copied(node: ir.Node, copies: dict[ir.Value, ir.Value]) -> ir.Node:
+    outputs = []
+    for output in node.outputs:
+        copies[output] = ir.Value(name=output.name, shape=output.shape, type=output.type)
+        outputs.append(copies[output])
+    inputs = [None if i is None else copies[i] for i in node.inputs]
+    attributes = list(node.attributes.values())
+    return ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs, name=node.name)

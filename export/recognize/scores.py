@@ -1,0 +1,183 @@
+"""From the product of query and key to the softmax: scale, bias, mask, causality and cap, found by running the way.
+
+On zeros it gives the bias; on random scores it must give scale * scores + bias, or cap * tanh(scale * scores / cap) + bias.
+So scale on the scores, bias tables and constant masks need no pattern. A value that depends on the model's inputs stays an
+operand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from attn_deploy.export.graph import aten, depends_on_data, evaluate, is_constant, is_tensor, shape_of, varies
+from attn_deploy.export.recognize.site import Reason
+
+PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.default})
+MIXERS = frozenset(
+    {aten.linear.default, aten.conv2d.default, aten.conv1d.default, aten.permute.default, aten.transpose.int}
+)
+PLAIN = frozenset(
+    {
+        aten.reshape.default,
+        aten.expand.default,
+        aten.to.dtype,
+        aten._to_copy.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+    }
+)
+"""Operations that scores or weights may pass without a change."""
+ADDITIONS = frozenset({aten.add.Tensor, aten.add_.Tensor})
+
+MASKED = -1e4
+"""A constant score below this one is a mask: exp of it is 0 in float32."""
+
+
+class NoMatch(Exception):
+    """Raised where something looks like attention and is none that we rewrite."""
+
+    def __init__(self, reason: Reason) -> None:
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Scores:
+    """softmax is taken of cap(scale * product) + bias, where the mask allows.
+
+    `scale` has one number for each matrix of the product, [matrices]. `constant` is the bias [matrices, query_len,
+    key_len], with entries below MASKED where a constant mask hides a key; None when all are zero. `bias` or `mask` is
+    a run-time operand as the graph adds or fills it; `inverted` says that the mask is true where a key is hidden.
+    """
+
+    product: Node
+    shape: tuple[int, ...]
+    scale: Tensor
+    softcap: float
+    constant: Tensor | None
+    bias: Node | None
+    mask: Node | None
+    inverted: bool
+
+
+def read_scores(end: Node, known: Mapping[str, Tensor]) -> Scores:
+    """What stands between a product of two run-time values and `end`, the softmax's input. Raises NoMatch."""
+    product, path = _walk_back(end, known)
+    if any(p.target in MIXERS for p in path):
+        raise NoMatch(Reason.HEADS_MIXED)
+    on_path = {*path, product}
+    side = [n for p in path for n in p.all_input_nodes if n not in on_path and is_tensor(n)]
+    by_length = any(varies(n) for p in path if p.target not in PLAIN for n in p.all_input_nodes)
+    if product.target is aten.baddbmm.default or by_length:
+        raise NoMatch(Reason.NOT_AFFINE)
+    runtime = list(dict.fromkeys(n for n in side if not is_constant(n, known)))
+    values = dict(known)
+    for operand in runtime:
+        values[operand.name] = _neutral(operand)
+    shape = shape_of(product)
+    try:
+        bias = _probe(end, product, values, torch.zeros(shape))
+        scale, cap = _scale(end, product, values, bias, path)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise NoMatch(Reason.NOT_AFFINE) from error
+    bias_node, mask_node, inverted = _operands(path, runtime)
+    return Scores(
+        product, shape_of(end), scale, cap, bias if bool(bias.any()) else None, bias_node, mask_node, inverted
+    )
+
+
+def _walk_back(node: Node, known: Mapping[str, Tensor]) -> tuple[Node, list[Node]]:
+    """The product and the way from it to `node`, innermost last, along operands as large as the scores."""
+    path: list[Node] = []
+    count = math.prod(shape_of(node))
+    current = node
+    while current.target not in PRODUCTS:
+        sized = [
+            n for n in current.all_input_nodes
+            if is_tensor(n) and math.prod(shape_of(n)) == count and depends_on_data(n, known)
+        ]  # fmt: skip
+        if current.op != "call_function" or not sized:
+            raise NoMatch(Reason.NOT_BETWEEN_PRODUCTS)
+        if len(sized) > 1:  # a full-size bias made at run time: the scores are what a product of two operands gives
+            sized.sort(key=lambda n: _reaches_product(n, count))
+        path.append(current)
+        current = sized[0]
+    return current, path
+
+
+def _reaches_product(node: Node, count: int) -> int:
+    """Order of preference: 0 where only scalings and reshapes stand before a product of two head vectors' matrices."""
+    steps = 0
+    while node.target not in PRODUCTS and node.all_input_nodes and steps < 16:
+        sized = [n for n in node.all_input_nodes if is_tensor(n) and math.prod(shape_of(n)) == count]
+        if not sized:
+            return 99
+        node, steps = sized[0], steps + 1
+    return steps if node.target in PRODUCTS else 99
+
+
+def _neutral(operand: Node) -> Tensor:
+    """A run-time operand that hides nothing and adds nothing: false for a mask that is filled, zero for a sum."""
+    return torch.zeros(shape_of(operand), dtype=operand.meta["val"].dtype)
+
+
+def _probe(end: Node, product: Node, values: Mapping[str, Tensor], scores: Tensor) -> Tensor:
+    """The softmax's input [matrices, query_len, key_len] for given scores."""
+    found = evaluate(end, {**values, product.name: scores})
+    return found.float().reshape(-1, *scores.shape[-2:])
+
+
+def _scale(
+    end: Node, product: Node, values: Mapping[str, Tensor], bias: Tensor, path: list[Node]
+) -> tuple[Tensor, float]:
+    generator = torch.Generator().manual_seed(0)
+    shape = shape_of(product)
+    scores = torch.randn(shape, generator=generator)
+    shifted = _probe(end, product, values, scores)
+    scores = scores.reshape(shifted.shape)
+    seen = bias > MASKED
+    gain = torch.where(seen, shifted - bias, torch.zeros(()))
+    scores = torch.where(seen, scores, torch.zeros(()))
+    cap = 0.0
+    if any(p.target is aten.tanh.default for p in path):
+        high = _probe(end, product, values, torch.full(shape, 1e6))
+        cap = float((high - bias)[seen].median()) if bool(seen.any()) else 0.0
+        gain = cap * torch.atanh((gain / cap).clamp(-1 + 1e-6, 1 - 1e-6))
+    scale = (gain * scores).sum((1, 2)) / (scores**2).sum((1, 2)).clamp_min(1e-9)
+    hidden = ~seen.flatten(1).any(1)  # a matrix without a seen key says nothing: it takes its neighbours' scale
+    if bool(hidden.any()) and not bool(hidden.all()):
+        scale = torch.where(hidden, scale[~hidden].mean(), scale)
+    expected = scale[:, None, None] * scores
+    limit = 1e-4 if not cap else 2e-3
+    if not torch.allclose(gain, expected, rtol=limit, atol=limit * float(scale.abs().max())):
+        raise NoMatch(Reason.NOT_AFFINE)
+    if not bool((scale.abs() > 0).any()):
+        raise NoMatch(Reason.NOT_AFFINE)
+    return scale, cap
+
+
+def _operands(path: list[Node], runtime: list[Node]) -> tuple[Node | None, Node | None, bool]:
+    """An added run-time value, or a boolean one of masked_fill (true where a key is hidden) or where (true where not)."""
+    if len(runtime) > 1:
+        raise NoMatch(Reason.RUNTIME_OPERANDS)
+    if not runtime:
+        return None, None, False
+    operand = runtime[0]
+    user = next(p for p in path if operand in p.all_input_nodes)
+    after = path[: path.index(user)]
+    if any(p.target not in ADDITIONS | PLAIN for p in after):
+        raise NoMatch(Reason.NOT_AFFINE)
+    if shape_of(user) != shape_of(path[0]):  # the scores are taken apart again: the operand has axes of its own
+        raise NoMatch(Reason.MASK_SHAPE)
+    if user.target in ADDITIONS and not user.kwargs:
+        return operand, None, False
+    fill = user.args[2] if user.target is aten.masked_fill.Scalar else 0.0
+    if isinstance(fill, (int, float)) and fill < MASKED and operand.meta["val"].dtype == torch.bool:
+        return None, operand, True
+    raise NoMatch(Reason.NOT_AFFINE)

@@ -1,0 +1,8 @@
+"""The package of the table is imported from here, in tests and in the processes that they start."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
