@@ -123,7 +123,8 @@ def visible(prepared: Array, config: Preprocess) -> Array:
 def _heatmap(site: SiteEntry, found: Observed | None, image: Array, batch: int) -> tuple[Image.Image | None, str]:
     if found is None:
         return None, f"nothing to draw: {site.operator} has no weights of its own"
-    drawn = weight_map(found.operator, found.weights, found.index, (image.shape[0], image.shape[1]), batch)
+    size = None if found.chosen else (image.shape[0], image.shape[1])
+    drawn = weight_map(found.operator, found.weights, found.index, size, batch)
     values = drawn.values
     caption = [
         f"{site.module or '(top level)'}: {site.operator}", drawn.shows,

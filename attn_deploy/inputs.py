@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from attn_deploy.errors import UsageError
-from attn_deploy.session import Array
+from attn_deploy.session import BATCH, SEQUENCE, Array, DimBounds, TensorSpec
 
 FLOATS = ("float32", "float64", "float16")
 
@@ -123,6 +123,24 @@ def sequence_length(inputs: Sequence[ExampleInput]) -> int:
     """The length of the example's sequence. Raises UsageError as `sequence_inputs` does."""
     names = sequence_inputs(inputs)
     return next(i.shape[1] for i in inputs if i.name == names[0])
+
+
+def named_specs(inputs: Sequence[ExampleInput], dims: Mapping[str, DimBounds]) -> list[TensorSpec]:
+    """The inputs with the names of their dynamic dimensions. The batch is always named: a caller feeds what he has."""
+    along = sequence_inputs(inputs) if SEQUENCE in dims else ()
+    return [
+        TensorSpec(i.name, i.dtype, (BATCH, SEQUENCE, *i.shape[2:]) if i.name in along else (BATCH, *i.shape[1:]))
+        for i in inputs
+    ]
+
+
+def narrowed(asked: Mapping[str, DimBounds], found: Mapping[str, DimBounds]) -> list[str]:
+    """A sentence for each dynamic dimension that the model takes within narrower bounds than were asked for."""
+    return [
+        f"the model takes a {name} of {found[name].describe()}: so does the bundle"
+        for name in asked
+        if name in found and found[name] != asked[name]
+    ]
 
 
 def _draw(item: ExampleInput, shape: tuple[int, ...], rng: np.random.Generator, magnitude: float) -> Array:

@@ -152,7 +152,7 @@ def _inspect_source(
     sites = site_entries(rewritten, canonical)
     heatmaps: tuple[Heatmap, ...] = ()
     if drawing is not None:
-        batch = 1 if captured.dims else captured.inputs[0].shape[0]
+        batch = 1 if "batch" in captured.dims else captured.inputs[0].shape[0]
         model = portable(canonical)
         subject = Subject(canonical.model, model, sites, source.preprocess, captured.inputs, batch)
         heatmaps = draw_heatmaps(subject, drawing.image, drawing.out)

@@ -16,7 +16,7 @@ from attn_deploy.choice import Budget, choose
 from attn_deploy.data import Dataset, Split, open_data, require_labels
 from attn_deploy.errors import UnavailableError, UsageError
 from attn_deploy.extras import require_export
-from attn_deploy.inputs import ExampleInput, make_feeds
+from attn_deploy.inputs import ExampleInput, make_feeds, named_specs, narrowed
 from attn_deploy.intent import intent_of, site_entries
 from attn_deploy.latency import Measurement, System
 from attn_deploy.manifest import SCHEMA_VERSION, Graph, Manifest, Variant
@@ -27,7 +27,7 @@ from attn_deploy.proving import Proof
 from attn_deploy.receipt import SCHEMA_VERSION as RECEIPT_VERSION
 from attn_deploy.receipt import CandidateEntry, DataEntry, Peer, Receipt
 from attn_deploy.runtimes import native
-from attn_deploy.session import Array, DimBounds, TensorSpec
+from attn_deploy.session import BATCH, Array, DimBounds
 from attn_deploy.target import Precision, Target
 from attn_deploy.verdict import All, require_as_asked, require_fused
 
@@ -161,7 +161,7 @@ class _Work:
             if options.budget.max_drop is not None:
                 raise UsageError("--max-drop needs labelled data", next_step="add --data FOLDER")
             return None
-        specs = [TensorSpec(i.name, i.dtype, ("batch", *i.shape[1:])) for i in self.source.inputs]
+        specs = named_specs(self.source.inputs, options.dims)
         self.dataset = open_data(
             options.data, inputs=specs, preprocess=self.source.preprocess, labels=self.source.labels
         )
@@ -181,6 +181,7 @@ class _Work:
 
         self.progress.stage("capture")
         captured = capture(self.source, self.options.dims)
+        self.warnings += narrowed(self.options.dims, captured.dims)
         self.progress.stage("attention sites")
         rewritten = rewrite(captured, recognize(captured))
         self.progress.stage("ONNX")
@@ -223,7 +224,7 @@ class _Work:
             if warning not in self.warnings:
                 self.warnings.append(warning)
             for seed in range(self.options.calibration_samples // DATA_BATCH or 1):
-                yield make_feeds(captured.inputs, batch=DATA_BATCH if captured.dims else None, seed=1000 + seed)
+                yield make_feeds(captured.inputs, batch=DATA_BATCH if BATCH in captured.dims else None, seed=1000 + seed)
 
         return batches
 
@@ -247,13 +248,13 @@ class _Work:
             self.judged = samples
             self.progress.step(samples, split.judgement.size or 0)
 
-        batch = DATA_BATCH if captured.dims else captured.inputs[0].shape[0]
+        batch = DATA_BATCH if BATCH in captured.dims else captured.inputs[0].shape[0]
         proving.check_accuracy(
             proofs, split.judgement, batch, captured.reference, scores_output(shapes), self.options.budget, progress
         )
 
     def _single(self, captured: CapturedModel) -> dict[str, Array]:
-        batch = captured.dims["batch"].min if captured.dims else None
+        batch = captured.dims[BATCH].min if BATCH in captured.dims else None
         return make_feeds(captured.inputs, batch=batch, seed=31)
 
     def locate(self, proof: Proof, folder: Path, captured: CapturedModel, split: Split | None) -> str:

@@ -43,9 +43,12 @@ class WeightMap:
     layout: Layout
 
 
-def weight_map(operator: str, weights: Array, index: Array | None, size: tuple[int, int], batch: int) -> WeightMap:
-    """Of the first of `batch` samples. `weights` are a softmax's with its axis last, or a gate as it multiplies;
-    `index` [windows, length] is the site's index map; `size` is the image's (height, width)."""
+def weight_map(
+    operator: str, weights: Array, index: Array | None, size: tuple[int, int] | None, batch: int
+) -> WeightMap:
+    """Of the first of `batch` samples. `weights` are a softmax's with its axis last, a gate as it multiplies, or 1 for
+    each token chosen; `index` [windows, length] is the site's index map; `size` is the image's (height, width), None
+    where the tokens are known to lie on no grid."""
     if operator == "Gate":
         return _gate(weights[0], size)
     if operator == "ChannelAttention":  # [batch, heads, head_dim, head_dim]
@@ -53,14 +56,15 @@ def weight_map(operator: str, weights: Array, index: Array | None, size: tuple[i
     if operator == "BranchPool":  # [batch, channels, height, width, branches]
         return WeightMap(weights[0].mean((1, 2)).T, "weight of each branch (rows) by channel", Layout.TABLE)
     if operator not in ("Attention", "PackedAttention"):
-        return _on_grid(weights[0].reshape(-1, weights.shape[-1]).mean(0), size, "weight of each token")
+        shows = "tokens chosen" if operator == "HardAttention" else "weight of each token"
+        return _on_grid(weights[0].reshape(-1, weights.shape[-1]).mean(0), size, shows)
     if index is not None:  # [batch, windows, heads, length, length]
         received = _scattered(weights[0].mean((1, 2)), index)
         return _on_grid(received, size, "weight received within its window, mean over queries and heads")
     if weights.shape[0] > batch:  # windows merged into the batch: [batch * windows, heads, length, length]
         return _side_by_side(weights[: len(weights) // batch].mean((1, 2)))
     by_query = weights[0].mean(0)
-    grid = token_grid(by_query.shape[1], *size)
+    grid = token_grid(by_query.shape[1], *size) if size is not None else None
     if grid is not None and grid[0]:
         return _on_grid(by_query[0], size, "weight received from the class token, mean over heads")
     return _on_grid(by_query.mean(0), size, "weight received, mean over queries and heads")
@@ -78,8 +82,8 @@ def token_grid(tokens: int, height: int, width: int) -> tuple[int, int, int] | N
     return None
 
 
-def _on_grid(values: Array, size: tuple[int, int], shows: str) -> WeightMap:
-    grid = token_grid(len(values), *size)
+def _on_grid(values: Array, size: tuple[int, int] | None, shows: str) -> WeightMap:
+    grid = token_grid(len(values), *size) if size is not None else None
     if grid is None:
         return WeightMap(values, f"{shows}, by token", Layout.BARS)
     return WeightMap(values[grid[0] :].reshape(grid[1:]), shows, Layout.IMAGE)
@@ -105,7 +109,7 @@ def _side_by_side(windows: Array) -> WeightMap:
     return WeightMap(table, shows, Layout.TABLE)
 
 
-def _gate(gate: Array, size: tuple[int, int]) -> WeightMap:
+def _gate(gate: Array, size: tuple[int, int] | None) -> WeightMap:
     """gate [channels, height, width], or [tokens, channels]; it is shared along dimensions of 1."""
     if gate.ndim == 3 and gate.shape[1:] != (1, 1):
         shows = "gate of each pixel" + (", mean over channels" if gate.shape[0] > 1 else "")

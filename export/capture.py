@@ -23,6 +23,7 @@ from attn_deploy.export.dimensions import (
     longest_by_tables,
     require_asked_bounds,
     require_example_within,
+    unmet_guards,
 )
 from attn_deploy.export.einsum import as_matrix_product, is_matrix_product
 from attn_deploy.export.graph import EXAMPLE_BATCH, ancestors, aten, module_path, source_line
@@ -99,6 +100,10 @@ def capture(source: LoadedSource, dims: Mapping[str, DimBounds]) -> CapturedMode
     return CapturedModel(program, source.inputs, outputs, found, _eager(module, outputs), module)
 
 
+TRACES = 3
+"""A first one, one with the bounds that it suggests, and one without the length at which a buffer is used whole."""
+
+
 def _traced(
     module: nn.Module, feeds: Mapping[str, Tensor], inputs: Sequence[ExampleInput], dims: Mapping[str, DimBounds]
 ) -> tuple[ExportedProgram, dict[str, DimBounds]]:
@@ -109,15 +114,19 @@ def _traced(
         with redirect_stderr(io.StringIO()):  # torch prints the graph beside the error that it raises
             return torch.export.export(module, (), dict(feeds), dynamic_shapes=shapes, strict=False)
 
-    try:
-        return trace(dims), dict(dims)
-    except Exception as error:
-        possible = bounds_of_the_model(dims, str(error))
-        if possible is None or possible == dims[SEQUENCE]:
-            raise
-    require_asked_bounds(dims, possible)
-    narrowed = {**dims, SEQUENCE: possible}
-    return trace(narrowed), narrowed
+    found = dict(dims)
+    for attempt in range(TRACES):
+        try:
+            program = trace(found)
+            break
+        except Exception as error:
+            possible = bounds_of_the_model(found, str(error))
+            if possible is None or attempt == TRACES - 1:
+                raise
+            found[SEQUENCE] = possible
+    if found != dims:
+        require_asked_bounds(dims, found[SEQUENCE])
+    return program, found
 
 
 def _bounded_by_tables(program: ExportedProgram, dims: Mapping[str, DimBounds]) -> dict[str, DimBounds]:
@@ -167,19 +176,32 @@ def normalize(program: ExportedProgram) -> ExportedProgram:
 
     run_decompositions makes views that are legal for the original strides only; clones and detaches change no value.
     """
+    table: dict[Any, Callable[..., Any]] = {aten.baddbmm.default: _product_and_sum}
     einsums = [n for n in program.graph.nodes if n.target is aten.einsum.default]
-    plain = all(is_matrix_product(n.args[0], len(n.args[1])) for n in einsums)
-    program = program.run_decompositions({aten.einsum.default: as_matrix_product} if einsums and plain else {})
+    if einsums and all(is_matrix_product(n.args[0], len(n.args[1])) for n in einsums):
+        table[aten.einsum.default] = as_matrix_product
+    program = program.run_decompositions(table)
     graph = program.graph
     for node in list(graph.nodes):
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
+        elif node.target is aten._assert_tensor_metadata.default:  # held when it was traced; not a use of the tensor
+            graph.erase_node(node)
         elif _is_identity(node) and not any(user.op == "output" for user in node.users):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
     return program
+
+
+def _product_and_sum(added: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """torch.baddbmm in steps, as an attention with a mask may be spelled; with `beta` 0 it does not read `added`."""
+    product = torch.bmm(first, second)
+    product = product if alpha == 1 else product * alpha
+    if not beta:
+        return product
+    return (added if beta == 1 else added * beta) + product
 
 
 _IDENTITIES = frozenset(
@@ -271,7 +293,8 @@ def _as_capture_error(tracker: ModuleTracker, what: str, default_advice: str) ->
         fixed = re.search(r"Constraints violated \((?P<name>\w+)", text)
         specialized = re.search(r"your code specialized it to be a constant \(\d+\)", text)
         name = fixed["name"] if fixed else BATCH
-        got = f"the {name} is dynamic, and {specialized[0] if specialized else first_line(error)}"
+        said = specialized[0] if specialized else f"holds for {'; '.join(unmet_guards(text)) or first_line(error)} alone"
+        got = f"the {name} is dynamic, and {said if specialized else 'the code ' + said}"
         raise CaptureError(
             what,
             where=tracker.where(error),

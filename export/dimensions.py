@@ -55,11 +55,21 @@ def bounds_of_the_model(dims: Dims, text: str) -> DimBounds | None:
     """The bounds of the sequence for which tracing holds, as torch.export suggests them in its error; None when the
     error is about something else."""
     asked = dims.get(SEQUENCE)
-    found = re.search(_SUGGESTION.format(name=SEQUENCE), text, re.MULTILINE)
-    if asked is None or found is None:
+    if asked is None:
         return None
-    low, high = found["min"], found["max"]
-    return DimBounds(max(asked.min, int(low or 1)), int(high) if high else asked.max)
+    found = re.search(_SUGGESTION.format(name=SEQUENCE), text, re.MULTILINE)
+    low = max(asked.min, int(found["min"] or 1)) if found else asked.min
+    high = int(found["max"]) if found and found["max"] else asked.max
+    guards = unmet_guards(text)
+    if high is not None and high == asked.max and guards and all(" != " in guard for guard in guards):
+        high -= 1  # a buffer that is cut to the sequence: at its full length it is not cut, which is another graph
+    possible = DimBounds(low, high)
+    return None if possible == asked else possible
+
+
+def unmet_guards(text: str) -> list[str]:
+    """What torch.export found to hold for the example, and not for every size that was asked for."""
+    return [guard.rstrip(".") for guard in re.findall(r"satisfy the generated guard (.*)", text)]
 
 
 def require_asked_bounds(asked: Dims, possible: DimBounds) -> None:
@@ -103,9 +113,10 @@ def _position_tables(program: ExportedProgram, known: Mapping[str, torch.Tensor]
     """(table, index) of every look-up in a parameter or buffer whose index follows from sizes alone."""
     for node in program.graph.find_nodes(op="call_function", target=aten.embedding.default):
         table, index = node.args[:2]
-        if isinstance(table, Node) and isinstance(index, Node) and table.name in known:
-            if not depends_on_data(index, known):
-                yield table, index
+        if not isinstance(table, Node) or not isinstance(index, Node):
+            continue
+        if table.name in known and not depends_on_data(index, known):
+            yield table, index
 
 
 def dims_of_program(program: ExportedProgram, inputs: Sequence[ExampleInput]) -> dict[str, DimBounds]:
@@ -153,4 +164,5 @@ __all__ = [
     "longest_by_tables",
     "require_asked_bounds",
     "require_example_within",
+    "unmet_guards",
 ]

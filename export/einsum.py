@@ -22,6 +22,8 @@ def is_matrix_product(equation: str, operands: int) -> bool:
 def as_matrix_product(equation: str, operands: list[Tensor], path: list[int] | None = None) -> Tensor:
     """torch.einsum where `is_matrix_product`: [batch..., rows, summed] times [batch..., summed, columns]."""
     first, second, result = re.split(",|->", equation.replace(" ", ""))
+    if _columns_first(first, second, result):  # the other way round nothing has to be exchanged behind the product
+        first, second, operands = second, first, operands[::-1]
     batch = [c for c in result if c in first and c in second]
     summed = [c for c in first if c in second and c not in result]
     rows = [c for c in result if c in first and c not in second]
@@ -35,6 +37,12 @@ def as_matrix_product(equation: str, operands: list[Tensor], path: list[int] | N
     if len(rows) != 1 or len(columns) != 1:
         product = product.reshape([sizes[c] for c in axes])
     return _permuted(product, [axes.index(c) for c in result])
+
+
+def _columns_first(first: str, second: str, result: str) -> bool:
+    """True where the result has an axis of the second operand before those of the first."""
+    alone = [c in first for c in result if (c in first) != (c in second)]
+    return bool(alone) and not alone[0]
 
 
 def _permuted(value: Tensor, dims: list[int]) -> Tensor:

@@ -38,7 +38,7 @@ def _packed_attention(
 def _packed_attention_indexed(
     qkv: Any, index: Any, fill: Any, head_scale: Any, bias: Any, bias_index: Any, scale: float
 ) -> Named:
-    name = "PackedAttentionIndexed" + _scores(head_scale, 0.0, False, bias, None)
+    name = "PackedAttentionIndexed" + ("" if fill is None else "Padded") + _scores(head_scale, 0.0, False, bias, None)
     operands = _given(qkv, index, fill, head_scale, bias, bias_index)
     return name, operands, {"scale": float(scale), "tokens": int(_shape(qkv)[1])}
 

@@ -31,16 +31,29 @@ ENTROPY_TARGET = 0.5
 ENTROPY_RANGE = (0.4, 0.6)
 # Root mean square at the input of a gate: there, sigmoid and hard sigmoid are neither flat nor the same for all inputs.
 GATE_RMS = 0.8
-# Root mean square at the end of a residual branch. Branches as strong as their stream multiply any noise: 60 dB of it
-# on every layer leaves 12 dB at the output of levit_128 with 1.0, 27 dB with 0.35. At 0.25, with the gates
-# above, INT8 of efficientnet_b0 passes 20 dB on photographs; coatnet_nano then hides a deleted attention (50 dB).
-BRANCH_RMS = 0.25
-# The share of each channel's mean that its bias takes away. With 0, what all tokens have in common outgrows the rest: a
-# deleted attention of coatnet_nano left 52 dB, with 0.25 it left 28 dB (branches of 0.35, gates of 1.5). With 1, BERT
-# loses 8 dB more to noise.
+# The share of each channel's mean that its bias takes away. With 0, what all tokens have in common outgrows the rest
+# and hides a deleted attention. With 1, BERT loses 8 dB more to noise.
 CENTRED = 0.25
 CALIBRATION_BATCH = 4
 REFINEMENTS = 6
+
+
+@dataclass(frozen=True)
+class Balance:
+    """`branch_rms` is the root mean square at the end of a residual branch; branches as strong as their stream multiply
+    any noise: 60 dB of it on every layer leaves 12 dB at the output of levit_128 with 1.0, 27 dB with 0.35.
+    `photographs` is the share of the calibration images that look like photographs; the others are noise."""
+
+    branch_rms: float
+    photographs: float
+
+
+# Statistics taken on noise alone fit no photograph, where activations then run far out of them: INT8 of efficientnet_b0
+# left 14 dB, and 21 dB like this.
+CONVOLUTIONS_ALONE = Balance(branch_rms=0.25, photographs=0.5)
+# Next to photographs, which differ as a whole, the tokens of one noise image are all alike: an attention deleted from
+# coatnet_nano left 50 dB with half of them, 39 dB with a quarter, 27 dB with none.
+WITH_ATTENTION = Balance(branch_rms=0.35, photographs=0.25)
 
 
 @dataclass(frozen=True)
@@ -155,7 +168,7 @@ def _apply(tensors: Mapping[str, Tensor], knobs: list[dict[str, Tensor]], gains:
         tensors[name].copy_(tensors[name] + step if "logit_scale" in name else tensors[name] * step.exp())
 
 
-def _calibration_batch(example: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+def _calibration_batch(example: Mapping[str, Tensor], seed: int, photographs: float) -> dict[str, Tensor]:
     """The example with variations of it behind it, to `CALIBRATION_BATCH` rows where all inputs share their first axis.
 
     Floats turn into noise of their own mean and spread over a dimmed copy; tokens and masks move along alike.
@@ -170,16 +183,15 @@ def _calibration_batch(example: Mapping[str, Tensor], seed: int) -> dict[str, Te
     sizes = {len(x) if x.dim() else 0 for x in example.values()}
     copies = math.ceil(CALIBRATION_BATCH / max(sizes)) if len(sizes) == 1 and max(sizes) else 1
     rows = {name: torch.cat([x, *(vary(name, x, i) for i in range(1, copies))]) for name, x in example.items()}
-    return {name: _half_smooth(x, generator(seed, f"{name}#smooth")) for name, x in rows.items()}
+    return {name: _partly_smooth(x, photographs, generator(seed, f"{name}#smooth")) for name, x in rows.items()}
 
 
-def _half_smooth(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Image batches [batch, channels, height, width] with their first half as photographs are: a level per channel,
-    large patches of light, a little noise. Statistics taken on noise alone fit no photograph: activations then run far
-    out of them: INT8 of efficientnet_b0 left 14 dB on real images, and 20 dB with patches like these."""
-    if x.dim() != 4 or not x.is_floating_point() or min(x.shape[2:]) < 16 or len(x) < 2:
+def _partly_smooth(x: Tensor, share: float, rng: torch.Generator) -> Tensor:
+    """Image batches [batch, channels, height, width] with the first of them as photographs are: a level per channel,
+    large patches of light, a little noise."""
+    count, channels = int(len(x) * share), x.shape[1] if x.dim() > 1 else 0
+    if x.dim() != 4 or not x.is_floating_point() or min(x.shape[2:]) < 16 or not count:
         return x
-    count, channels = len(x) // 2, x.shape[1]
     patches = torch.randn(count, channels, 7, 7, generator=rng)
     light = F.interpolate(patches, size=x.shape[2:], mode="bilinear")
     level = 0.8 * torch.randn(count, channels, 1, 1, generator=rng)
@@ -219,18 +231,22 @@ def _settle(
 ) -> tuple[WeightTrace, list[float], list[float]]:
     """Scales, traces, scales by what the trace found, then sets queries and keys: (trace, entropies, gains)."""
     names = {id(tensor): name for name, tensor in tensors.items()}
-    feeds = _calibration_batch(example, seed)
+    feeds = _calibration_batch(example, seed, CONVOLUTIONS_ALONE.photographs)
     biases: dict[int, Tensor] = {}
+    any_batch = True
     try:
         _run(module, feeds, _Settle(names, seed, biases, {}))
     except Exception:  # whatever a module raises that takes no other batch size
-        feeds = dict(example)
+        feeds, any_batch = dict(example), False
         _run(module, feeds, _Settle(names, seed, biases, {}))
     trace = _trace(module, example, names)
+    balance = WITH_ATTENTION if trace.has_attention else CONVOLUTIONS_ALONE
+    if any_batch:
+        feeds = _calibration_batch(example, seed, balance.photographs)
     for name in trace.branches:
         if tensors[name].dim() == 1:
-            tensors[name].mul_(BRANCH_RMS)
-    targets = {**dict.fromkeys(trace.branches, BRANCH_RMS), **dict.fromkeys(trace.gates, GATE_RMS)}
+            tensors[name].mul_(balance.branch_rms)
+    targets = {**dict.fromkeys(trace.branches, balance.branch_rms), **dict.fromkeys(trace.gates, GATE_RMS)}
     settle = _Settle(names, seed, biases, targets)
     _run(module, feeds, settle)
     gains, total = settle.gains, [1.0] * len(settle.gains)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -15,12 +15,14 @@ from attn_deploy.session import Array
 @dataclass(frozen=True)
 class Observed:
     """`weights` of one site: of a softmax with its axis last, of a gate as it multiplies, of a hard choice 1 for the
-    tokens chosen. `index` [windows, length] says which token is where in the windows, when the site has such a map."""
+    tokens chosen. `index` [windows, length] says which token is where in the windows, when the site has such a map.
+    `chosen`: its tokens were chosen from others before, so that they lie on no grid."""
 
     node: str
     operator: str
     weights: Array
     index: Array | None = None
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Watch:
     axis: int | None = None
     index: Array | None = None
     best: int | None = None
+    chosen: bool = False
 
     def observed(self, value: Array) -> Observed:
         if self.best is not None:
@@ -41,7 +44,7 @@ class Watch:
             np.put_along_axis(value, chosen, 1.0, axis=-1)
         if self.axis is not None:
             value = np.moveaxis(value, self.axis, -1)
-        return Observed(self.node, self.operator, value, self.index)
+        return Observed(self.node, self.operator, value, self.index, self.chosen)
 
 
 def watch_sites(canonical: ir.Model, portable: ir.Model, sites: Collection[str]) -> list[Watch]:
@@ -51,8 +54,23 @@ def watch_sites(canonical: ir.Model, portable: ir.Model, sites: Collection[str])
         if node.name in sites:
             watch = _watch(node, [n for n in portable.graph if str(n.name).startswith(f"{node.name}/")])
             if watch is not None:
-                watches.append(watch)
+                watches.append(replace(watch, chosen=_comes_from_a_choice(node)))
     return watches
+
+
+def _comes_from_a_choice(node: ir.Node) -> bool:
+    seen: set[ir.Node] = set()
+    pending = [node]
+    while pending:
+        for value in pending.pop().inputs:
+            producer = value.producer() if value is not None else None
+            if producer is None or producer in seen:
+                continue
+            if producer.op_type in ("HardAttention", "TopK"):
+                return True
+            seen.add(producer)
+            pending.append(producer)
+    return False
 
 
 def _watch(node: ir.Node, body: Sequence[ir.Node]) -> Watch | None:

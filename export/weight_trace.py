@@ -13,7 +13,7 @@ from attn_deploy.export.forward_tap import MASKED_BELOW, PROJECTIONS, ForwardTap
 
 
 class WeightTrace(ForwardTap):
-    """Reads off the autograd graph what moves each softmax, what feeds a gate, and what ends a residual branch."""
+    """Names of the weights that move each softmax, that feed a gate, and that end a residual branch."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
@@ -23,6 +23,8 @@ class WeightTrace(ForwardTap):
         self.knobs: list[dict[str, Tensor]] = []
         self.gates: set[str] = set()
         self.branches: set[str] = set()
+        self.has_attention = False
+        """Whether a softmax is of a product of two maps, queries and keys; those of gates are not."""
 
     def layer(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         output = func(*args, **kwargs)
@@ -56,6 +58,7 @@ class WeightTrace(ForwardTap):
     def scores(self, scores: Tensor, dim: int) -> Tensor:
         found = [item for item in self._reach(scores.grad_fn) if id(item[0]) in self.names]
         tensors = [tensor for tensor, _, _ in found]
+        self.has_attention |= any(exponent < 1 for _, _, exponent in found)
         probe = torch.randn(scores.shape, generator=torch.Generator().manual_seed(0)).to(scores)
         loss = (scores.clamp(MASKED_BELOW, -MASKED_BELOW) * probe).sum()
         slopes = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True) if tensors else ()

@@ -30,7 +30,7 @@ from attn_deploy.export.recognize.operands import (
     upright,
     without_scales,
 )
-from attn_deploy.export.recognize.placement import Part, Place, ResultCoordinates, place, read_part
+from attn_deploy.export.recognize.placement import Part, Place, ResultCoordinates, head_count, place, read_part
 from attn_deploy.export.recognize.scores import MASKED, MIXERS, PLAIN, PRODUCTS, NoMatch, read_scores
 from attn_deploy.export.recognize.site import Kind, Reason, Site, Skipped
 from attn_deploy.export.recognize.streams import same_stream
@@ -56,9 +56,11 @@ class Operand:
 class AttentionMatch:
     """softmax(cap(scale * query key^T) + bias) value, where the mask allows.
 
-    `lead` are the axes before [query_len, key_len] of the scores at the example batch; the last one counts heads.
+    `lead` are the axes before [query_len, key_len] of the scores at the example batch; matrix number m of them all is
+    head m % `heads`.
     `constant_bias` is [windows, heads|1, query_len, key_len], finite: one for all, or one for each window of a sample.
-    `bias` or `mask` is a run-time node; `inverted_mask` says that the mask is true where a key is hidden.
+    `bias` or `mask` is a run-time node that broadcasts to scores of `operand_rank` axes; `inverted_mask` says that the
+    mask is true where a key is hidden.
     `head_scale` [heads] says that scores are cosines times it. `result` is replaced; with `transposed_result` it is
     [..., head_dim, query_len]. `place` is known for self-attention on one packed tensor, or three alike: in the natural
     order of tokens where sites can stay in it, else in the sources' own; `local_place` is always the latter. `exits` are
@@ -70,6 +72,7 @@ class AttentionMatch:
     value: Operand
     result: Node
     lead: tuple[int, ...]
+    heads: int
     scale: float
     causal: bool = False
     softcap: float = 0.0
@@ -78,6 +81,7 @@ class AttentionMatch:
     bias: Node | None = None
     mask: Node | None = None
     inverted_mask: bool = False
+    operand_rank: int = 4
     transposed_result: bool = False
     place: Place | None = None
     local_place: Place | None = None
@@ -132,7 +136,7 @@ class _Finder:
             key, value = (replace(o, heads=shape_of(o.node)[-3]) for o in (key, value))
         scale = bound.get("scale")
         match = AttentionMatch(
-            query, key, value, node, lead=shapes[0][:-2],
+            query, key, value, node, lead=shapes[0][:-2], heads=self._head_count(shapes[0][:-2], value, key, query),
             scale=float(scale) if scale is not None else 1.0 / math.sqrt(shapes[0][-1]),
             causal=bool(bound.get("is_causal", False)),
         )  # fmt: skip
@@ -141,6 +145,7 @@ class _Finder:
             return self._prepared(match, None)
         if not is_constant(mask, self.known):
             is_mask = mask.meta["val"].dtype == torch.bool
+            match = replace(match, operand_rank=len(shapes[0]))
             match = replace(match, mask=mask) if is_mask else replace(match, bias=mask)
             return self._prepared(match, None)
         constant = evaluate(mask, self.known)
@@ -158,25 +163,41 @@ class _Finder:
         assert isinstance(query, Node)
         assert isinstance(key, Node)
         lead = scores.shape[:-2]
-        matrices = math.prod(lead)
-        if any(math.prod(shape_of(n)[:-2]) != matrices for n in (query, key, value_node)):
-            raise NoMatch(Reason.LAYOUT)
         if len(lead) < 1 or shape_of(query)[-2] != scores.shape[-2]:
             raise NoMatch(Reason.RANK)
+        operands = Operand(query), Operand(key, transposed=True), Operand(value_node, transposed=transposed)
+        operands = tuple(self._served(o, lead) for o in operands)  # type: ignore[assignment]
         match = AttentionMatch(
-            Operand(query), Operand(key, transposed=True), Operand(value_node, transposed=transposed), last, lead,
+            *operands, last, lead, self._head_count(lead, *reversed(operands)),
             scale=1.0, softcap=scores.softcap, bias=scores.bias, mask=scores.mask, inverted_mask=scores.inverted,
-            transposed_result=transposed,
+            operand_rank=scores.operand_rank, transposed_result=transposed,
         )  # fmt: skip
         return self._prepared(self._scaled(match, scores.scale), scores.constant)
+
+    def _served(self, operand: Operand, lead: tuple[int, ...]) -> Operand:
+        """An operand that has a matrix for each one of the scores, or one head that serves all (Shazeer 2019)."""
+        found = shape_of(operand.node)[:-2]
+        if math.prod(found) == math.prod(lead):
+            return operand
+        if len(lead) == 2 and found == (lead[0], 1):
+            return replace(operand, heads=1)
+        raise NoMatch(Reason.LAYOUT)
+
+    def _head_count(self, lead: tuple[int, ...], *operands: Operand) -> int:
+        """Heads: the last axis of `lead`, where that is theirs; else the period of the channels over the matrices."""
+        axis = operands[-1].node.meta["val"].shape[:-2][-1]
+        if len(lead) > 1:
+            return lead[-1] if isinstance(axis, int) else 1
+        parts = [read_part(self.layout, o.node, o.transposed) for o in operands]
+        counts = [head_count(p) for p in parts if p is not None]
+        return next((c for c in counts if c is not None and c > 1), 1)
 
     def _scaled(self, match: AttentionMatch, scale: Tensor) -> AttentionMatch:
         """One scale for all matrices, or one for each head."""
         if torch.allclose(scale, scale[:1].expand_as(scale), rtol=1e-5):
             return replace(match, scale=match.scale * float(scale[0]))
-        heads = match.lead[-1]
-        per_head = scale[:heads]
-        if not torch.allclose(scale, per_head.repeat(len(scale) // heads), rtol=1e-5):
+        per_head = scale[: match.heads]
+        if not torch.allclose(scale, per_head.repeat(len(scale) // match.heads), rtol=1e-5):
             raise NoMatch(Reason.NOT_AFFINE)
         return replace(match, head_scale=per_head.clone())
 
@@ -199,10 +220,22 @@ class _Finder:
         )
         if match.key.heads != match.value.heads:
             raise NoMatch(Reason.LAYOUT)
-        if (match.bias or match.mask) is not None and len(match.lead) > 2:
+        if (match.bias or match.mask) is not None and not self._fits(match):
             raise NoMatch(Reason.MASK_SHAPE)
         match = self._with_place(match)
         return match if constant is None else _with_constant(match, constant, self.batch)
+
+    def _fits(self, match: AttentionMatch) -> bool:
+        """True when a run-time bias or mask has its axes in the order of ours."""
+        operand = match.bias if match.bias is not None else match.mask
+        assert operand is not None
+        shape = shape_of(operand)
+        if len(shape) > match.operand_rank:
+            return False
+        per_head = shape[-3] if len(shape) >= 3 else 1
+        if match.operand_rank == 4:
+            return len(match.lead) <= 2 and per_head in (1, match.heads)
+        return match.operand_rank == 3 and per_head in (1, math.prod(match.lead))
 
     def _normalized(self, match: AttentionMatch) -> AttentionMatch:
         """Cosine attention: both operands are unit vectors, which the operator makes itself."""
@@ -216,7 +249,7 @@ class _Finder:
         assert sources[1] is not None
         for node, source in ((match.query.node, sources[0]), (key, sources[1])):
             self.layout.pass_through(node, source)
-        head_scale = match.head_scale if match.head_scale is not None else torch.ones(match.lead[-1])
+        head_scale = match.head_scale if match.head_scale is not None else torch.ones(match.heads)
         return replace(match, query=Operand(sources[0]), key=Operand(sources[1]), head_scale=head_scale)
 
     def _grouped(self, operand: Operand) -> Operand:
@@ -273,19 +306,16 @@ class _Finder:
         starts = (o.node if o.rotary is None else o.rotary.source for o in (match.query, match.key))
         if not same_stream(*starts, self.known):
             return Kind.CROSS_ATTENTION
-        if match.place is not None:
-            return Kind.WINDOW_ATTENTION if match.place.windowed else Kind.SELF_ATTENTION
-        keys = read_part(self.layout, match.key.node, match.key.transposed)
-        if keys is not None and _in_windows(keys, self.batch):
+        values = read_part(self.layout, match.value.node, match.value.transposed)  # no norm stands before them
+        if values is not None and _in_windows(values, self.batch):
             return Kind.WINDOW_ATTENTION
         query_len, key_len = match.lengths
         return Kind.SELF_ATTENTION if query_len == key_len else Kind.CROSS_ATTENTION
 
 
-def _in_windows(keys: Part, batch: int) -> bool:
+def _in_windows(values: Part, batch: int) -> bool:
     """True when the matrices of one sample see different tokens, or the padding around them."""
-    rows = keys.rows[: len(keys.rows) // batch]
-    return bool((rows != rows[:1]).any()) or bool((rows < 0).any())
+    return len(torch.unique(values.rows, dim=0)) > batch or bool((values.rows < 0).any())
 
 
 def _walk_forward(node: Node) -> tuple[Node, Node, bool]:
@@ -321,7 +351,7 @@ def _with_constant(match: AttentionMatch, constant: Tensor, batch: int) -> Atten
     """A constant added to the scores, [matrices, query_len, key_len]: nothing, causality, or a finite bias."""
     if not bool(constant.any()):
         return match
-    heads = match.place.heads if match.place is not None else match.lead[-1]
+    heads = match.place.heads if match.place is not None else match.heads
     per_window = constant.reshape(-1, heads, *constant.shape[-2:])
     if len(per_window) % batch == 0:
         per_window = per_window.reshape(batch, -1, *per_window.shape[1:])
@@ -335,6 +365,8 @@ def _with_constant(match: AttentionMatch, constant: Tensor, batch: int) -> Atten
         rest = torch.where(seen, per_window, torch.zeros(()))
         if bool((rest > MASKED).all()):
             return replace(match, causal=True, constant_bias=rest if bool(rest.any()) else None)
+    if len(per_window) > 1 and match.place is None and (match.bias or match.mask) is not None:
+        raise NoMatch(Reason.MASK_SHAPE)
     # A row that is masked whole would be 0 by our definition and NaN or uniform in the original.
     lowest = torch.finfo(torch.float32).min / 4
     return replace(match, constant_bias=per_window.clamp_min(lowest).contiguous())

@@ -65,7 +65,8 @@ class BranchesMatch:
 
 def weights_branches(pool: WeightedSum) -> bool:
     """True for maps [.., height, width] with one more axis, the summed one: a sum over pixels leaves no map."""
-    return len(pool.sizes) == 5 and len(pool.summed) == 1 and pool.values.axes.index(pool.summed[0]) < 3
+    axes = pool.values.axes
+    return len(axes) == len(pool.sizes) == 5 and len(pool.summed) == 1 and axes.index(pool.summed[0]) < 3
 
 
 def find(captured: CapturedModel) -> Iterator[Site | Skipped]:
@@ -81,7 +82,9 @@ def find(captured: CapturedModel) -> Iterator[Site | Skipped]:
                 yield Site(Kind.BRANCH_ATTENTION, module_path(match.result), source_line(match.result), match, node)
         separate = _separate_branches(node, known)
         if separate is not None:
-            yield Site(Kind.BRANCH_ATTENTION, module_path(separate.result), source_line(separate.result), separate, node)
+            yield Site(
+                Kind.BRANCH_ATTENTION, module_path(separate.result), source_line(separate.result), separate, node
+            )
 
 
 def _separate_branches(softmax: Node, known: Mapping[str, Tensor]) -> BranchesMatch | None:

@@ -40,7 +40,7 @@ class ContextMatch:
         moves nothing."""
         if self.pool.groups:
             return False
-        axes = self.pool.values.axes
+        axes = self.pool.values.stored_axes()
         tokens = axes.index(self.pool.summed[0])
         return not self.pool.channels or axes.index(self.pool.channels[0]) < tokens
 

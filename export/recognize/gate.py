@@ -188,13 +188,15 @@ def _with_further_gates(flow: Dataflow, match: GateMatch) -> GateMatch:
 
 
 def _with_tail(flow: Dataflow, match: GateMatch, taken: set[Node]) -> GateMatch:
-    """The sum and the activation that alone consume the product belong to the gate, unless another gate has them."""
+    """The sum and the activation that alone consume the product belong to the gate, unless another gate has them: then
+    they are in `taken`, where this one's sum goes too."""
     residual, result = match.residual, match.result
     add = only_user(result)
     if residual is None and add is not None and add.target is aten.add.Tensor and not add.kwargs and add not in taken:
         other = add.args[1] if add.args[0] is result else add.args[0]
         if flow.is_runtime(other) and other is not result and shape_of(other) == shape_of(result):
             residual, result = other, add
+            taken.add(add)
     tail = only_user(result)
     activation = ""
     if tail is not None and tail.target in ACTIVATIONS and tail not in taken:

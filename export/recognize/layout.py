@@ -22,6 +22,7 @@ from attn_deploy.export.graph import MOVEMENT, aten, concrete, evaluate, is_cons
 MOVES = MOVEMENT | {
     aten.constant_pad_nd.default, aten.pad.default, aten.index.Tensor, aten.index_select.default, aten.expand.default,
     aten.cat.default, aten.stack.default, aten.unfold.default, aten.im2col.default, aten.repeat.default,
+    aten.repeat_interleave.self_int, aten.tile.default, aten.rot90.default, aten.channel_shuffle.default,
     aten.flip.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
 }  # fmt: skip
 """Operations that move, repeat, drop or pad elements and compute nothing."""

@@ -215,6 +215,8 @@ def unrepeated(node: Node, layout: Layout) -> tuple[Node, int, bool] | None:
 
 
 def _before_expansion(node: Node) -> Node | None:
+    if node.target is aten.repeat_interleave.self_int:
+        return node.args[0]  # type: ignore[return-value]
     while node.target is not aten.expand.default:
         sources = [n for n in node.all_input_nodes if is_tensor(n)]
         if node.target not in MOVES or len(sources) != 1:

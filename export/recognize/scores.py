@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.fx import Node
 from attn_deploy.export.graph import aten, depends_on_data, evaluate, is_constant, is_tensor, shape_of, varies
 from attn_deploy.export.recognize.site import Reason
 
-PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.default})
+PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})
 MIXERS = frozenset(
     {aten.linear.default, aten.conv2d.default, aten.conv1d.default, aten.permute.default, aten.transpose.int}
 )
@@ -34,7 +35,8 @@ PLAIN = frozenset(
     }
 )
 """Operations that scores or weights may pass without a change."""
-ADDITIONS = frozenset({aten.add.Tensor, aten.add_.Tensor})
+ADDITIONS = frozenset({aten.add.Tensor})
+WHERE = frozenset({aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther})
 
 MASKED = -1e4
 """A constant score below this one is a mask: exp of it is 0 in float32."""
@@ -53,7 +55,8 @@ class Scores:
 
     `scale` has one number for each matrix of the product, [matrices]. `constant` is the bias [matrices, query_len,
     key_len], with entries below MASKED where a constant mask hides a key; None when all are zero. `bias` or `mask` is
-    a run-time operand as the graph adds or fills it; `inverted` says that the mask is true where a key is hidden.
+    a run-time operand as the graph adds or fills it, which broadcasts to scores of `operand_rank` axes; `inverted` says
+    that the mask is true where a key is hidden.
     """
 
     product: Node
@@ -64,6 +67,7 @@ class Scores:
     bias: Node | None
     mask: Node | None
     inverted: bool
+    operand_rank: int
 
 
 def read_scores(end: Node, known: Mapping[str, Tensor]) -> Scores:
@@ -74,22 +78,22 @@ def read_scores(end: Node, known: Mapping[str, Tensor]) -> Scores:
     on_path = {*path, product}
     side = [n for p in path for n in p.all_input_nodes if n not in on_path and is_tensor(n)]
     by_length = any(varies(n) for p in path if p.target not in PLAIN for n in p.all_input_nodes)
-    if product.target is aten.baddbmm.default or by_length:
+    if by_length:
         raise NoMatch(Reason.NOT_AFFINE)
     runtime = list(dict.fromkeys(n for n in side if not is_constant(n, known)))
+    bias_node, mask_node, inverted, axes = _operands(path, runtime, known)
     values = dict(known)
-    for operand in runtime:
-        values[operand.name] = _neutral(operand)
+    for operand in runtime:  # one that hides nothing and adds nothing
+        neutral = operand is mask_node and not inverted
+        values[operand.name] = torch.full(shape_of(operand), neutral, dtype=operand.meta["val"].dtype)
     shape = shape_of(product)
     try:
         bias = _probe(end, product, values, torch.zeros(shape))
         scale, cap = _scale(end, product, values, bias, path)
     except (KeyError, RuntimeError, TypeError) as error:
         raise NoMatch(Reason.NOT_AFFINE) from error
-    bias_node, mask_node, inverted = _operands(path, runtime)
-    return Scores(
-        product, shape_of(end), scale, cap, bias if bool(bias.any()) else None, bias_node, mask_node, inverted
-    )
+    constant = bias if bool(bias.any()) else None
+    return Scores(product, shape_of(end), scale, cap, constant, bias_node, mask_node, inverted, axes)
 
 
 def _walk_back(node: Node, known: Mapping[str, Tensor]) -> tuple[Node, list[Node]]:
@@ -122,11 +126,6 @@ def _reaches_product(node: Node, count: int) -> int:
     return steps if node.target in PRODUCTS else 99
 
 
-def _neutral(operand: Node) -> Tensor:
-    """A run-time operand that hides nothing and adds nothing: false for a mask that is filled, zero for a sum."""
-    return torch.zeros(shape_of(operand), dtype=operand.meta["val"].dtype)
-
-
 def _probe(end: Node, product: Node, values: Mapping[str, Tensor], scores: Tensor) -> Tensor:
     """The softmax's input [matrices, query_len, key_len] for given scores."""
     found = evaluate(end, {**values, product.name: scores})
@@ -157,27 +156,65 @@ def _scale(
     limit = 1e-4 if not cap else 2e-3
     if not torch.allclose(gain, expected, rtol=limit, atol=limit * float(scale.abs().max())):
         raise NoMatch(Reason.NOT_AFFINE)
+    if not cap and not _stays_affine(end, product, values, bias, scale):
+        raise NoMatch(Reason.NOT_AFFINE)
     if not bool((scale.abs() > 0).any()):
         raise NoMatch(Reason.NOT_AFFINE)
     return scale, cap
 
 
-def _operands(path: list[Node], runtime: list[Node]) -> tuple[Node | None, Node | None, bool]:
-    """An added run-time value, or a boolean one of masked_fill (true where a key is hidden) or where (true where not)."""
+LARGE = 1e3
+"""Scores beyond any that a model gives. One that cuts them off farther away only guards against overflow."""
+
+
+def _stays_affine(end: Node, product: Node, values: Mapping[str, Tensor], bias: Tensor, scale: Tensor) -> bool:
+    """False where large scores are cut off, which small ones do not show."""
+    seen = bias > MASKED
+    for sign in (1.0, -1.0):
+        found = _probe(end, product, values, torch.full(shape_of(product), sign * LARGE)) - bias
+        expected = (sign * LARGE * scale)[:, None, None].expand_as(found)
+        if not torch.allclose(found[seen], expected[seen], rtol=1e-3):
+            return False
+    return True
+
+
+def _operands(
+    path: list[Node], runtime: list[Node], known: Mapping[str, Tensor]
+) -> tuple[Node | None, Node | None, bool, int]:
+    """(bias, mask, whether the mask is true where a key is hidden, axes of the scores where it comes in)."""
     if len(runtime) > 1:
         raise NoMatch(Reason.RUNTIME_OPERANDS)
     if not runtime:
-        return None, None, False
+        return None, None, False, 0
     operand = runtime[0]
-    user = next(p for p in path if operand in p.all_input_nodes)
-    after = path[: path.index(user)]
-    if any(p.target not in ADDITIONS | PLAIN for p in after):
+    number = next(i for i, p in enumerate(path) if operand in p.all_input_nodes)
+    user, end = path[number], path[0]
+    if any(p.target not in ADDITIONS | PLAIN for p in path[:number]):
         raise NoMatch(Reason.NOT_AFFINE)
-    if shape_of(user) != shape_of(path[0]):  # the scores are taken apart again: the operand has axes of its own
+    rank = len(shape_of(user))
+    if rank > 4 or shape_of(user)[-2:] != shape_of(end)[-2:] or (rank != 4 and rank != len(shape_of(end))):
         raise NoMatch(Reason.MASK_SHAPE)
     if user.target in ADDITIONS and not user.kwargs:
-        return operand, None, False
-    fill = user.args[2] if user.target is aten.masked_fill.Scalar else 0.0
-    if isinstance(fill, (int, float)) and fill < MASKED and operand.meta["val"].dtype == torch.bool:
-        return None, operand, True
-    raise NoMatch(Reason.NOT_AFFINE)
+        return operand, None, False, rank
+    hides = _hides(user, operand, known)
+    if hides is None or operand.meta["val"].dtype != torch.bool:
+        raise NoMatch(Reason.NOT_AFFINE)
+    return None, operand, hides, rank
+
+
+def _hides(user: Node, operand: Node, known: Mapping[str, Tensor]) -> bool | None:
+    """The value of a mask at which masked_fill or where puts a number below MASKED; None where it does otherwise."""
+    if user.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and user.args[1] is operand:
+        return True if _is_lowest(user.args[2], known) else None
+    if user.target in WHERE and user.args[0] is operand:
+        for side, hides in ((2, False), (1, True)):
+            if _is_lowest(user.args[side], known):
+                return hides
+    return None
+
+
+def _is_lowest(fill: Any, known: Mapping[str, Tensor]) -> bool:
+    """True for a number below MASKED, or a constant of such numbers."""
+    if isinstance(fill, Node):
+        return is_tensor(fill) and is_constant(fill, known) and bool((evaluate(fill, known) < MASKED).all())
+    return isinstance(fill, (int, float)) and fill < MASKED

@@ -34,6 +34,22 @@ class Operand:
         """True when the operand has more than one element along the axis."""
         return axis in self.axes and shape_of(self.node)[self.axes.index(axis)] > 1
 
+    def stored_axes(self) -> tuple[int, ...]:
+        """The axes in the order that the tensor had before it was permuted, as it lies in memory."""
+        node, axes = self.node, list(self.axes)
+        while node.target in (aten.permute.default, aten.transpose.int):
+            source = node.args[0]
+            assert isinstance(source, Node)
+            order = range(len(axes))
+            if node.target is aten.permute.default:
+                dims = [order[d] for d in node.args[1]]  # type: ignore[union-attr, index]
+            else:
+                first, second = (order[d] for d in node.args[1:3])  # type: ignore[index]
+                dims = [second if d == first else first if d == second else d for d in order]
+            axes = [axes[dims.index(d)] for d in order]
+            node = source
+        return tuple(axes)
+
 
 @dataclass(frozen=True)
 class WeightedSum:

@@ -23,8 +23,8 @@ from attn_deploy.export.recognize.channel_attention import ChannelAttentionMatch
 from attn_deploy.export.recognize.context import ContextMatch
 from attn_deploy.export.recognize.gate import GateMatch
 from attn_deploy.export.recognize.hard import HardMatch
-from attn_deploy.export.recognize.response_norm import ResponseNormMatch
 from attn_deploy.export.recognize.regions import settle
+from attn_deploy.export.recognize.response_norm import ResponseNormMatch
 from attn_deploy.export.recognize.site import Findings, Kind, Reason, Site, Skipped
 from attn_deploy.export.rewrite import attention, branch, channel_attention, context, gate, hard, response_norm
 from attn_deploy.export.rewrite.corruption import corrupt

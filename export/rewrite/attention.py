@@ -58,13 +58,15 @@ def _is_indexed(match: AttentionMatch, place: Place) -> bool:
 
 def _packed(editor: Editor, match: AttentionMatch, place: Place) -> Node:
     layout = [3, place.heads, place.head_dim]
-    scale = match.scale * place.factor
+    cosine = match.head_scale is not None  # of the lengths of query and key only the sign of a factor is left
+    scale = match.scale * (math.copysign(1.0, place.factor) if cosine else place.factor)
     with editor.at_site(match.result):
         qkv = _qkv(editor, match, place)
         head_scale = _head_scale(editor, match)
         if _is_indexed(match, place):
             qkv = editor.call(aten.reshape.default, qkv, [-1, place.tokens, *layout])
-            index, fill = editor.constant(place.index), editor.constant(_fill(place).reshape(layout))
+            index = editor.constant(place.index)
+            fill = editor.constant(_fill(place).reshape(layout)) if _is_padded(place) else None
             bias, number = _distinct_windows(editor, match, place)
             node = editor.call(ops.packed_attention_indexed.default, qkv, index, fill, head_scale, bias, number, scale)
         else:
@@ -159,6 +161,11 @@ def _joined_linear(editor: Editor, match: AttentionMatch, place: Place) -> Node 
         return editor.call(aten.linear.default, x, editor.constant(weight), editor.constant(bias))
 
 
+def _is_padded(place: Place) -> bool:
+    """False where every token stands in one window, and nothing else does."""
+    return not torch.equal(place.index.flatten().sort().values, torch.arange(place.tokens))
+
+
 def _fill(place: Place) -> Tensor:
     size = 3 * place.heads * place.head_dim
     fill = torch.zeros(size) if place.fill is None else place.fill
@@ -185,15 +192,15 @@ def _head_scale(editor: Editor, match: AttentionMatch) -> Node | None:
 
 def _separate(editor: Editor, match: AttentionMatch) -> Node:
     """Query, key and value read as the model has them; its own permutations cancel with those put here."""
-    heads = match.lead[-1] if len(match.lead) > 1 else 1
-    windows = 1 if match.constant_bias is None else len(match.constant_bias)
+    windows = 1 if match.constant_bias is None else len(match.constant_bias)  # they count as heads
+    operands = (match.query, match.key, match.value)
     with editor.at_site(match.result):
-        query, key, value = (_heads_last(editor, o, heads * windows) for o in (match.query, match.key, match.value))
-        bias, mask = _bias_and_mask(editor, match, heads)
+        query, key, value = (_heads_last(editor, o, (o.heads or match.heads) * windows) for o in operands)
+        bias, mask = _bias_and_mask(editor, match, match.heads)
+        head_scale = None if match.head_scale is None else editor.constant(match.head_scale.repeat(windows))
         node = editor.call(
-            ops.attention.default, query, key, value, bias, mask, _head_scale(editor, match), match.scale,
-            match.softcap, match.causal,
-        )  # fmt: skip
+            ops.attention.default, query, key, value, bias, mask, head_scale, match.scale, match.softcap, match.causal
+        )
         _replace_result(editor, match, node)
     return node
 
@@ -203,9 +210,8 @@ def _heads_last(editor: Editor, operand: Operand, heads: int) -> Node:
     original = operand.node if operand.rotary is None else operand.rotary.source
     node = editor.at(original)
     shape = shape_of(original)
-    count = heads if operand.heads is None else operand.heads
-    if len(shape) != 4 or shape[1] != count:
-        node = editor.reshape(node, [None, count, *node.meta["val"].shape[-2:]])
+    if len(shape) != 4 or shape[1] != heads:
+        node = editor.reshape(node, [None, heads, *node.meta["val"].shape[-2:]])
     node = editor.call(aten.permute.default, node, [0, 3, 1, 2] if operand.transposed else [0, 2, 1, 3])
     if operand.rotary is None:
         return node
@@ -250,7 +256,7 @@ def _bias_and_mask(editor: Editor, match: AttentionMatch, heads: int) -> tuple[N
 
 def _rank4(editor: Editor, match: AttentionMatch, node: Node, heads: int) -> Node:
     """A run-time bias or mask as [batch|1, heads|1, query_len|1, key_len]."""
-    rank = len(match.lead) + 2
+    rank = match.operand_rank
     while len(node.meta["val"].shape) < rank:
         node = editor.call(aten.unsqueeze.default, node, 0)
     if rank == 4:

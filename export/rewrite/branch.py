@@ -22,7 +22,7 @@ def rewrite(editor: Editor, match: BranchMatch | BranchesMatch) -> Node:
         return _join(editor, match)
     pool = match.pool
     groups = _layout(pool)
-    with editor.at_site(pool.result, origin=pool.softmax):
+    with editor.at_site(pool.result):
         scores = replayed(editor, pool.softmax, pool.moves)
         scores = arranged(editor, scores, pool.weights.axes, groups, pool.batch)
         x = arranged(editor, editor.at(pool.values.node), pool.values.axes, groups, pool.batch)
@@ -40,7 +40,7 @@ def original_layout(match: BranchMatch | BranchesMatch, value: Tensor, like: Ten
 
 def _join(editor: Editor, match: BranchesMatch) -> Node:
     """Separate maps become one tensor, their scores another."""
-    with editor.at_site(match.result, origin=match.softmax):
+    with editor.at_site(match.result):
         x = editor.call(aten.stack.default, [editor.at(branch.x) for branch in match.branches], 1)
         parts = [replayed(editor, match.softmax, branch.moves) for branch in match.branches]
         node = editor.call(ops.branch_pool.default, x, editor.call(aten.stack.default, parts, 1))

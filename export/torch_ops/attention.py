@@ -80,11 +80,14 @@ def _(
 
 @torch.library.custom_op("attn_deploy::packed_attention_indexed", mutates_args=())
 def packed_attention_indexed(
-    qkv: Tensor, index: Tensor, fill: Tensor, head_scale: Tensor | None, windows_bias: Tensor | None,
+    qkv: Tensor, index: Tensor, fill: Tensor | None, head_scale: Tensor | None, windows_bias: Tensor | None,
     bias_index: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
-    """qkv [batch, tokens, 3, heads, head_dim], index [windows, length] -> [batch, tokens, heads * head_dim]."""
+    """qkv [batch, tokens, 3, heads, head_dim], index [windows, length] -> [batch, tokens, heads * head_dim].
+    Without `fill` every token stands in one window."""
     batch, tokens, _, heads, head_dim = qkv.shape
+    if fill is None:
+        fill = qkv.new_zeros(3, heads, head_dim)
     windows, length = index.shape
     rows = torch.cat([qkv, fill.expand(batch, 1, *fill.shape)], dim=1)
     taken = rows[:, index].reshape(batch * windows, length, 3, heads, head_dim)  # -1 is the row of fill
@@ -99,7 +102,7 @@ def packed_attention_indexed(
 
 @packed_attention_indexed.register_fake
 def _(
-    qkv: Tensor, index: Tensor, fill: Tensor, head_scale: Tensor | None, windows_bias: Tensor | None,
+    qkv: Tensor, index: Tensor, fill: Tensor | None, head_scale: Tensor | None, windows_bias: Tensor | None,
     bias_index: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
     return qkv.new_empty((qkv.shape[0], qkv.shape[1], qkv.shape[3] * qkv.shape[4]))

@@ -10,6 +10,7 @@ import pytest
 from attn_deploy import runtimes
 from attn_deploy.export.functions import attach_functions, inline_functions
 from attn_deploy.export.observe import Observed, observe, watch_sites, with_outputs
+from attn_deploy.ops import FORMS
 from attn_deploy.ops.form import softmax_float64
 from attn_deploy.target import Target
 
@@ -18,7 +19,7 @@ INDEX = np.array([[0, 1, 2], [3, 4, -1]])
 
 
 def observed(text: str, feeds: dict[str, np.ndarray], constants: dict[str, np.ndarray] | None = None) -> Observed:
-    """Of the model's one site, called `a/Site`."""
+    """Of the model's last node, called `a/Site`."""
     canonical = ir.serde.deserialize_model(
         onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20, "attn_deploy" : 1]> {text}')
     )
@@ -27,7 +28,7 @@ def observed(text: str, feeds: dict[str, np.ndarray], constants: dict[str, np.nd
         canonical.graph.inputs.remove(value)
         value.const_value = ir.tensor(array, name=name)
         canonical.graph.register_initializer(value)
-    (node,) = canonical.graph
+    node = list(canonical.graph)[-1]
     node.name = "a/Site"
     attach_functions(canonical)
     portable = canonical.clone()
@@ -55,9 +56,10 @@ def test_the_weights_of_an_attention_are_its_softmax_and_a_masked_row_is_0() -> 
 
 
 def test_an_index_map_comes_with_the_weights_of_its_windows() -> None:
+    padded = next(f.name for f in FORMS.values() if [i.name for i in f.inputs] == ["qkv", "index", "fill"])
     found = observed(
-        """net (float[b, 5, 3, 2, 4] qkv, int64[2, 3] index, float[3, 2, 4] fill) => (float[b, 5, 8] y)
-        { y = attn_deploy.PackedAttentionIndexed <scale: float = 0.5, tokens: int = 5> (qkv, index, fill) }""",
+        f"""net (float[b, 5, 3, 2, 4] qkv, int64[2, 3] index, float[3, 2, 4] fill) => (float[b, 5, 8] y)
+        {{ y = attn_deploy.{padded} <scale: float = 0.5, tokens: int = 5> (qkv, index, fill) }}""",
         {
             "qkv": RNG.standard_normal((1, 5, 3, 2, 4)).astype(np.float32),
             "fill": np.zeros((3, 2, 4), np.float32),
@@ -89,3 +91,15 @@ def test_a_hard_choice_is_1_for_the_tokens_chosen() -> None:
         {"s": np.array([[0.1, 0.9, 0.3, 0.9, 0.2]], np.float32), "v": np.ones((1, 5, 3), np.float32)},
     )
     assert found.weights.tolist() == [[0, 1, 0, 1, 0]]
+
+
+def test_tokens_behind_a_choice_are_known_to_lie_on_no_grid() -> None:
+    chain = """net (float[b, 5] s, float[b, 5, 3] v, float[b, 1, 2] t) => (float[b, 1, 3] y) {{
+        {choice}
+        y = attn_deploy.ContextPool (t, {values}) }}"""
+    feeds = {"s": RNG.random((1, 5), np.float32), "v": RNG.random((1, 5, 3), np.float32)}
+    feeds["t"] = RNG.random((1, 1, 2), np.float32)
+    choice = "c = attn_deploy.HardAttention <k: int = 2> (s, v)"
+    assert observed(chain.format(choice=choice, values="c"), feeds).chosen
+    shortened = chain.replace("float[b, 5, 3] v", "float[b, 2, 3] v").format(choice="", values="v")
+    assert not observed(shortened, {**feeds, "v": feeds["v"][:, :2]}).chosen

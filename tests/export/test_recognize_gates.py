@@ -295,6 +295,26 @@ def test_no_pool_of_the_model_is_left_beside_the_operator(layer: Layer, captured
     assert not any(t.startswith(("aten.mean", "aten.amax", "aten.max.")) for t in left)
 
 
+def test_both_gates_of_coordinate_attention_are_in_one_operator(captured: Capture) -> None:
+    model = captured(Gated(coordinate), INPUT)
+    rewritten = rewrite(model, recognize(model))
+    (output,) = [n for n in rewritten.program.graph.nodes if n.op == "output"]
+    assert [n.name for n in output.all_input_nodes] == [rewritten.sites[0].node]
+
+
+def test_a_map_times_the_weights_of_a_softmax_belongs_to_the_softmax(captured: Capture) -> None:
+    """Split attention, although its weights come from a pool of what they weight."""
+
+    def split(m: Any, y: Tensor) -> Tensor:
+        branches = torch.stack([y, F.relu(m.mix(y))], 1)
+        pooled = branches.sum(1).mean((2, 3), keepdim=True)
+        return (branches * torch.stack([m.mix(pooled), pooled], 1).softmax(1)).sum(1)
+
+    findings = recognize(captured(Gated(split), INPUT))
+    anchors = [str(found.anchor.target) for found in (*findings.sites, *findings.skipped)]
+    assert anchors == ["aten.softmax.int"]
+
+
 def test_the_product_of_global_context_is_a_gate_beside_its_context_pool(captured: Capture) -> None:
     model = captured(Gated(global_context), INPUT)
     findings = recognize(model)
@@ -304,15 +324,18 @@ def test_the_product_of_global_context_is_a_gate_beside_its_context_pool(capture
     assert [(s.operator, s.proven) for s in gates] == [("Gate", True)]
 
 
-def test_gates_of_channels_and_pixels_in_parallel_are_two_sites(captured: Capture) -> None:
-    """Roy et al., scSE, 2018: the sum of both belongs to one of them."""
+@pytest.mark.parametrize("activation", ["", "Relu"])
+def test_of_gates_in_parallel_one_takes_the_sum_and_its_activation(activation: str, captured: Capture) -> None:
+    """Roy et al., scSE, 2018: channels and pixels of one map."""
 
     def concurrent(m: Any, y: Tensor) -> Tensor:
-        return squeeze_excitation(m, y) + pixel(m, y)
+        total = squeeze_excitation(m, y) + pixel(m, y)
+        return F.relu(total) if activation else total
 
     model = captured(Gated(concurrent), INPUT)
     rewritten = rewrite(model, recognize(model))
-    assert sorted((s.operator, s.kind) for s in rewritten.sites) == [("Gate", SPATIAL), ("GateResidual", CHANNEL)]
+    operators = sorted((s.kind, s.operator) for s in rewritten.sites)
+    assert operators == [(CHANNEL, f"GateResidual{activation}"), (SPATIAL, "Gate")]
     assert rewritten.skipped == ()
 
 
@@ -321,7 +344,7 @@ def silu(m: Any, y: Tensor) -> Tensor:
 
 
 def residual_silu(m: Any, y: Tensor) -> Tensor:
-    return y + y * torch.sigmoid(y)
+    return y + y * torch.sigmoid(1.702 * y)
 
 
 def scaled_silu(m: Any, y: Tensor) -> Tensor:
@@ -359,6 +382,10 @@ def swiglu_of_two_layers(m: Any, y: Tensor) -> Tensor:
 
 def large_kernel(m: Any, y: Tensor) -> Tensor:
     return y * m.mix(y)
+
+
+def rectified(m: Any, y: Tensor) -> Tensor:
+    return y * F.relu(m.mix(y))
 
 
 def gate_of_two_maps(m: Any, y: Tensor) -> Tensor:
@@ -426,6 +453,7 @@ NO_GATES: dict[str, Layer] = {
     "SwiGLU": swiglu,
     "SwiGLU of two layers": swiglu_of_two_layers,
     "large kernel attention, unbounded": large_kernel,
+    "a factor without an upper bound": rectified,
     "a gate of two maps": gate_of_two_maps,
     "modulation": modulation,
     "LayerNorm": layer_norm,

@@ -287,7 +287,7 @@ CASES: dict[Mix, tuple[str, str, Kind]] = {
     separable: (IMAGE, "ContextPoolChannelsFirst", Kind.CONTEXT_POOL),
     additive: (SEQUENCE, "ContextPool", Kind.CONTEXT_POOL),
     additive_product: (SEQUENCE, "ContextPool", Kind.CONTEXT_POOL),
-    additive_bmm: (SEQUENCE, "ContextPoolChannelsFirst", Kind.CONTEXT_POOL),
+    additive_bmm: (SEQUENCE, "ContextPool", Kind.CONTEXT_POOL),
     additive_einsum: (SEQUENCE, "ContextPool", Kind.CONTEXT_POOL),
     additive_masked: (SEQUENCE, "ContextPool", Kind.CONTEXT_POOL),
     several_rows: (SEQUENCE, "ContextPool", Kind.CONTEXT_POOL),

@@ -203,20 +203,24 @@ INDEX_MAPS = {
     "one window of one token": [[0]],
     "windows in order": [[0, 1, 2], [3, 4, 5]],
     "windows out of order": [[5, 0, 3], [2, 4, 1]],
+    "as many windows as tokens": [[2], [0], [1]],
+}
+PADDED_MAPS = {
+    **INDEX_MAPS,
     "padding inside and behind": [[3, -1, 0], [1, 2, -1]],
     "a window of padding alone": [[0, 1], [-1, -1], [2, 3]],
     "tokens in no window": [[6, 0], [2, 4]],
-    "as many windows as tokens": [[2], [0], [1]],
 }
 
 
 def indexed_case(form: str, about: str, batch: int) -> Case:
-    index = np.array(INDEX_MAPS[about], np.int64)
+    index = np.array(PADDED_MAPS[about], np.int64)
     windows, length = index.shape
     tokens, heads, head_dim = int(index.max()) + 1, 2, 5
 
     def make(rng: np.random.Generator) -> list[Array]:
-        arrays = [floats(rng, batch, tokens, 3, heads, head_dim), index, floats(rng, 3, heads, head_dim)]
+        arrays = [floats(rng, batch, tokens, 3, heads, head_dim), index]
+        arrays += [floats(rng, 3, heads, head_dim)] if "Padded" in form else []
         arrays += [4 * np.abs(floats(rng, heads))] if "Cosine" in form else []
         if "Bias" in form:  # fewer biases than windows, in no order
             distinct = max(1, windows - 1)
@@ -347,7 +351,8 @@ def _cases() -> list[Case]:
             if "Mask" in name and "Grouped" not in name:
                 cases.append(key_mask_case(name))
         elif "Indexed" in name:
-            cases += [indexed_case(name, about, batch) for about in INDEX_MAPS for batch in (1, 3)]
+            maps = PADDED_MAPS if "Padded" in name else INDEX_MAPS
+            cases += [indexed_case(name, about, batch) for about in maps for batch in (1, 3)]
         elif form.operator == "PackedAttention":
             cases += [packed_case(name, size) for size in PACKED_SIZES]
         elif form.operator in ("ChannelPool", "SpatialPool"):
@@ -408,7 +413,7 @@ def torch_arguments(case: Case) -> list[Any]:
     scale, softcap = float(case.attributes["scale"]), float(case.attributes.get("softcap", 0.0))
     if operator == "packed_attention_indexed":
         bias = [given.get("windows_bias"), given.get("bias_index")]
-        return [given["qkv"], given["index"], given["fill"], given.get("head_scale"), *bias, scale]
+        return [given["qkv"], given["index"], given.get("fill"), given.get("head_scale"), *bias, scale]
     parts = [given["query"], given["key"], given["value"]] if operator == "attention" else [given["qkv"]]
     extra = [given.get("bias"), given.get("mask"), given.get("head_scale")]
     return [*parts, *extra, scale, softcap, "Causal" in case.form]
@@ -505,7 +510,7 @@ def test_causal_query_sees_no_later_key() -> None:
 
 
 def test_token_in_no_window_gives_exactly_zero() -> None:
-    case = indexed_case("PackedAttentionIndexed", "tokens in no window", batch=3)
+    case = indexed_case("PackedAttentionIndexedPadded", "tokens in no window", batch=3)
     for got in (case.run_body(BODY_OPSET)[0], torch_outputs(case, torch_arguments(case))[0].numpy()):
         assert not got[:, [1, 3, 5]].any()
         assert got[:, [0, 2, 4, 6]].all()
@@ -516,7 +521,7 @@ def test_padding_reads_fill() -> None:
     rng = np.random.default_rng(5)
     qkv, fill = floats(rng, 1, 4, 3, 2, 5), floats(rng, 3, 2, 5)
     index = np.array([[0, 1], [2, -1]], np.int64)
-    session = one_node("PackedAttentionIndexed", (("scale", 0.5), ("tokens", 4)), BODY_OPSET)
+    session = one_node("PackedAttentionIndexedPadded", (("scale", 0.5), ("tokens", 4)), BODY_OPSET)
     first, second = (session.run(None, {"qkv": qkv, "index": index, "fill": f})[0] for f in (fill, fill + 1.0))
     np.testing.assert_array_equal(first[:, [0, 1, 3]], second[:, [0, 1, 3]])
     assert not np.allclose(first[:, 2], second[:, 2])
@@ -535,17 +540,18 @@ def test_padding_reads_fill() -> None:
         ("PackedAttention", [(2, 5, 3, 4)], {"scale": 1.0}, "qkv must be"),
         ("PackedAttention", [(2, 5, 2, 3, 4)], {"scale": 1.0}, "qkv must be"),
         ("PackedAttentionBias", [(2, 5, 3, 3, 4), (1, 2, 5, 5)], {"scale": 1.0}, "does not broadcast"),
-        ("PackedAttentionIndexed", [(2, 5, 3, 3, 4), (2, 2), (3, 3, 4)], {"scale": 1.0, "tokens": 4}, "tokens is 4"),
-        ("PackedAttentionIndexed", [(2, 5, 3, 3, 4), (4,), (3, 3, 4)], {"scale": 1.0, "tokens": 5}, "index must be"),
-        ("PackedAttentionIndexed", [(2, 5, 3, 3, 4), (2, 2), (3, 12)], {"scale": 1.0, "tokens": 5}, "fill must be"),
+        ("PackedAttentionIndexedPadded", [(2, 5, 3, 3, 4), (2, 2), (3, 3, 4)], {"scale": 1.0, "tokens": 4}, "tokens is 4"),
+        ("PackedAttentionIndexedPadded", [(2, 5, 3, 3, 4), (4,), (3, 3, 4)], {"scale": 1.0, "tokens": 5}, "index must be"),
+        ("PackedAttentionIndexedPadded", [(2, 5, 3, 3, 4), (2, 2), (3, 12)], {"scale": 1.0, "tokens": 5}, "fill must be"),
+        ("PackedAttentionIndexed", [(2, 5, 3, 3, 4), (2, 2)], {"scale": 1.0, "tokens": 5}, "5 tokens once each"),
         (
-            "PackedAttentionIndexedBias",
+            "PackedAttentionIndexedPaddedBias",
             [(2, 5, 3, 3, 4), (2, 2), (3, 3, 4), (1, 3, 4, 4), (2,)],
             {"scale": 1.0, "tokens": 5},
             "does not fit index",
         ),
         (
-            "PackedAttentionIndexedBias",
+            "PackedAttentionIndexedPaddedBias",
             [(2, 5, 3, 3, 4), (2, 2), (3, 3, 4), (1, 3, 2, 2), (3,)],
             {"scale": 1.0, "tokens": 5},
             r"bias_index \(3,\) does not fit",
@@ -589,7 +595,7 @@ def test_shape_rule_names_the_shape_that_does_not_fit(
         # 2 x 3 heads x 5 x 5 scores = 150, each with 4 products before and 4 after
         ("PackedAttention", [(2, 5, 3, 3, 4)], {"scale": 1.0}, 600 + 600),
         # 2 x 4 windows x 3 heads x 2 x 2 scores = 96; padding is computed like any token
-        ("PackedAttentionIndexed", [(2, 7, 3, 3, 4), (4, 2), (3, 3, 4)], {"scale": 1.0, "tokens": 7}, 384 + 384),
+        ("PackedAttentionIndexedPadded", [(2, 7, 3, 3, 4), (4, 2), (3, 3, 4)], {"scale": 1.0, "tokens": 7}, 384 + 384),
         ("ChannelPoolMean", [(2, 5, 3, 7)], {}, 210),
         ("ChannelPoolMeanMax", [(2, 5, 3, 7)], {}, 420),
         ("SpatialPoolMeanMax", [(2, 5, 3, 7)], {}, 420),
@@ -619,5 +625,5 @@ def test_every_attention_form_stands_once_with_each_set_of_flags() -> None:
         *("Attention" + s for s in plain | cosine), *("AttentionGrouped" + s for s in plain)
     }  # fmt: skip
     assert {f.name for f in PACKED_FORMS if "Indexed" not in f.name} == {"PackedAttention" + s for s in plain | cosine}
-    indexed = {"", "Bias", "Cosine", "CosineBias"}
+    indexed = {padded + s for padded in ("", "Padded") for s in ("", "Bias", "Cosine", "CosineBias")}
     assert {f.name for f in PACKED_FORMS if "Indexed" in f.name} == {"PackedAttentionIndexed" + s for s in indexed}

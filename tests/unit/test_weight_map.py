@@ -56,6 +56,12 @@ def test_tokens_that_are_no_grid_are_bars() -> None:
     assert (found.layout, found.values.shape) == (Layout.BARS, (7,))
 
 
+def test_tokens_that_were_chosen_before_are_bars_although_they_would_fill_a_grid() -> None:
+    found = weight_map("ContextPool", softmax(1, 1, 16), None, None, 1)
+    assert (found.layout, found.values.shape) == (Layout.BARS, (16,))
+    assert weight_map("HardAttention", np.eye(16)[:1], None, (8, 8), 1).layout is Layout.IMAGE
+
+
 def test_windows_are_put_together_by_their_index_map() -> None:
     """Two overlapping windows of two tokens, and one with padding, over four tokens."""
     index = np.array([[0, 1], [1, 3], [2, -1]])
