@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := build/demo.attn
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-all accuracy bench lint format clean
+.PHONY: setup demo test test-all accuracy coverage bench lint format clean
 
 setup: $(VENV)/.ready
 
@@ -27,6 +27,10 @@ test-all: setup
 
 accuracy: setup
 	$(PYTEST) -m real_data --no-skip
+
+# Goes on where it was stopped; writes COVERAGE.md and bench/results/coverage.json.
+coverage: setup
+	PYTHONPATH=tests/coverage PYTHONWARNINGS=ignore $(BIN)/python -m attention_coverage
 
 bench: setup
 	$(BIN)/python bench/run.py

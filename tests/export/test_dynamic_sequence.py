@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def triangle_made_anew(self: Mixed, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def bias_by_distance(self: Mixed, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     places = torch.arange(q.shape[2])
-    return ((q @ k.transpose(-2, -1)) * 0.3 - (places[:, None] - places).abs() * 0.1).softmax(-1) @ v
+    return ((q @ k.transpose(-2, -1)) * 0.3 + (places[:, None] - places).abs() * -0.1).softmax(-1) @ v
 
 
 def three_dimensional(self: Mixed, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ class WithClass(nn.Module):
         self.token, self.inner = nn.Parameter(torch.randn(1, 1, DIM)), Mixed(fused)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(torch.cat([self.token.expand(len(x), -1, -1), x], 1))
+        return self.inner(torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1))
 
 
 def own_layers(**options: Any) -> nn.Module:
@@ -395,18 +396,12 @@ def test_a_site_that_would_fix_the_length_is_left_as_it_is(captured: Capture) ->
 def test_a_site_that_holds_for_the_example_alone_is_undone(
     captured: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rewriting that adds a bias made for the example's length: it is right there, and cannot run at another."""
+    """A rewriting that adds a bias of the example's length: it is right there, and cannot run at another."""
 
     class Rewriter:
         @staticmethod
         def rewrite(editor: Any, match: Any) -> Any:
-            node = apply.attention.rewrite(editor, match)
-            with editor.at_site(match.result):
-                length = editor.constant(torch.arange(LENGTH))
-                last = editor.graph.call_function(torch.ops.aten.index.Tensor, (node, [None, length]))
-                last.meta.update(node.meta)
-            node.replace_all_uses_with(last, delete_user_cb=lambda user: user is not last)
-            return node
+            return apply.attention.rewrite(editor, replace(match, constant_bias=torch.zeros(1, 1, LENGTH, LENGTH)))
 
         original_layout = staticmethod(apply.attention.original_layout)
 

@@ -304,7 +304,7 @@ def flattened(net: Net, x: Tensor) -> Tensor:
 
 def with_a_prefix(net: Net, x: Tensor) -> Tensor:
     windows = net.attn(partition(x))
-    prefix = net.embed[:1].expand(len(windows), 1, DIM)
+    prefix = net.embed[:1].expand(windows.shape[0], 1, DIM)
     return torch.cat([prefix, windows], 1).reshape(-1, 6 * (LENGTH + 1), DIM)
 
 

@@ -80,8 +80,12 @@ KINDS: dict[str, Kind | tuple[Kind, ...] | Rule] = {
 """Qualified class name -> the attention that its own forward computes (a part that is a module of its own has its own
 line), or a function of the module where its options decide."""
 
-SKIPPED = {"timm.models.cait.TalkingHeadAttn": (SELF, Reason.HEADS_MIXED)}
-"""Attention that no operator of ours computes, with the reason that recognition is to give."""
+SKIPPED = {
+    "timm.models.cait.TalkingHeadAttn": (SELF, Reason.HEADS_MIXED),
+    "transformers.models.clip.modeling_clip.CLIPTextModel": (Kind.HARD_ATTENTION, Reason.CHOSEN_BY_NUMBER),
+}
+"""Attention that no operator of ours computes, with the reason that recognition is to give. CLIP's text model takes the
+token whose id is the end of the text."""
 
 IN_WINDOWS = ("timm.models.mobilevit.MobileVitBlock",)
 """Modules that cut the image into parts before the self-attention below them."""

@@ -70,7 +70,7 @@ MODELS = (
     _timm("swinv2_tiny_window8_256", img_size=64, depths=(2, 1), embed_dim=24, num_heads=(2, 4)),
     _timm("maxvit_tiny_tf_224", img_size=64, depths=(1, 1), embed_dim=(32, 64), stem_width=16),
     _timm("mobilevit_s", ("x=1x3x128x128",)),
-    _timm("mobilevitv2_100", _SMALL_IMAGE),
+    _timm("mobilevitv2_100", ("x=1x3x128x128",)),
     _timm("levit_128", img_size=64, embed_dim=(32, 48), num_heads=(2, 3), depth=(1, 1), key_dim=16),
     _timm("xcit_nano_12_p16_224", img_size=64, depth=1, embed_dim=48),
     _timm("cait_xxs24_224", img_size=64, depth=1, embed_dim=48),

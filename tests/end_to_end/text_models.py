@@ -1,0 +1,34 @@
+"""Small text models; sources as `text_models:NAME`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attn_deploy import nn as attn_nn
+
+WORDS, DIM, HEADS, LONGEST = 50, 16, 2, 40
+
+
+class Classifier(nn.Module):
+    """ids and mask [batch, sequence] -> scores [batch, 3] and tokens [batch, sequence, DIM]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, DIM)
+        self.position = attn_nn.LearnedPositionalEncoding(DIM, LONGEST)
+        self.layers = nn.ModuleList(attn_nn.TransformerEncoderLayer(DIM, HEADS, 32) for _ in range(2))
+        self.head = nn.Linear(DIM, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        x = self.position(self.embedding(ids))
+        for layer in self.layers:
+            x = layer(x, mask=mask[:, None, None, :])
+        return {"scores": self.head(x.mean(1)), "tokens": x}
+
+
+def classifier() -> Any:
+    torch.manual_seed(0)
+    return Classifier(), {"ids": torch.arange(12)[None], "mask": torch.ones(1, 12, dtype=torch.bool)}
