@@ -135,7 +135,9 @@ class Layout:
         if node.target in MOVES:
             root = self.elements(node).root
             return [] if root is node else [root]
-        return [n for n in node.all_input_nodes if self.tokens(n) is not None or n in self._results]
+        if node in self._results or self.tokens(node) is None:
+            return []
+        return [n for n in self.followed(node) if isinstance(n, Node)]
 
     # Movement
 
@@ -228,21 +230,23 @@ class Layout:
             return None
         if node.target in MOVES:
             return self._through_movement(node, "last")
-        if node.target in UNARY:
-            operands = node.args[:1]
-        elif node.target is aten.linear.default or (node.target is aten.layer_norm.default and len(node.args[1]) == 1):  # type: ignore[arg-type]
-            operands = node.args[:1]
-        elif (
-            node.target is aten.mean.dim
-            and node.args[1] in ([-1], [len(shape_of(node)) - 1])
-            and node.args[2:] == (True,)
-        ):
-            operands = node.args[:1]
-        elif node.target in BINARY:
-            operands = tuple(a for a in node.args if not self._per_channel(a))
-        else:
-            return None
-        return self._past(node, operands)
+        return self._past(node, self.followed(node))
+
+    def followed(self, node: Node) -> tuple[Any, ...]:
+        """The operands that hold the tokens of an operator that treats every token alike; none for any other."""
+        if node.target in BINARY:
+            return tuple(a for a in node.args if not self._per_channel(a))
+        by_channels = (
+            node.target in UNARY
+            or node.target is aten.linear.default
+            or (node.target is aten.layer_norm.default and len(node.args[1]) == 1)  # type: ignore[arg-type]
+            or (
+                node.target is aten.mean.dim
+                and node.args[1] in ([-1], [len(shape_of(node)) - 1])
+                and node.args[2:] == (True,)
+            )
+        )
+        return node.args[:1] if by_channels else ()
 
     def _per_channel(self, operand: Any) -> bool:
         """A number, or a constant that is the same for every token."""

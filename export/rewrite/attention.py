@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from attn_deploy.export import torch_ops  # noqa: F401  (registers the operators)
-from attn_deploy.export.graph import aten, constants, is_constant, shape_of
+from attn_deploy.export.graph import aten, constants, evaluate, is_constant, shape_of
 from attn_deploy.export.recognize.attention import AttentionMatch, Operand
 from attn_deploy.export.recognize.operands import Spread, Table
 from attn_deploy.export.recognize.placement import Place
@@ -142,12 +142,11 @@ def _joined_linear(editor: Editor, match: AttentionMatch, place: Place) -> Node 
             return None
         x, weight, *rest = source.args
         bias = rest[0] if rest else None
-        named = [n for n in (weight, bias) if n is not None]
-        if any(n.name not in known for n in named) or not all(is_constant(n, known) for n in named):  # type: ignore[union-attr, arg-type]
+        if not all(is_constant(n, known) for n in (weight, bias) if n is not None):  # type: ignore[arg-type]
             return None
         inputs.add(x)
-        weights.append(known[weight.name])  # type: ignore[union-attr]
-        biases.append(known[bias.name] if bias is not None else torch.zeros(len(weights[-1])))  # type: ignore[union-attr]
+        weights.append(evaluate(weight, known))  # type: ignore[arg-type]
+        biases.append(evaluate(bias, known) if bias is not None else torch.zeros(len(weights[-1])))  # type: ignore[arg-type]
     if len(inputs) != 1:
         return None
     weight, bias = torch.cat(weights), torch.cat(biases)

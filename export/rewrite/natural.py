@@ -35,21 +35,19 @@ def _build(editor: Editor, layout: Layout, node: Node) -> Node:
                 return editor.call(aten.permute.default, flat, [0, 2, 1])
         return natural(editor, layout, root)
 
+    followed = [a for a in layout.followed(node) if isinstance(a, Node)]
+    assert followed
+
     def operand(value: Any) -> Any:
         if not isinstance(value, Node):
             return value
-        if layout.tokens(value) is not None:
+        if value in followed:
             return natural(editor, layout, value)
         constant = editor.at(value)
         if node.target is aten.linear.default or node.target is aten.layer_norm.default:
             return constant
         return editor.call(aten.reshape.default, constant, [math.prod(shape_of(value))])
 
-    with editor.at_site(node):
-        sources = [
-            natural(editor, layout, a) for a in node.args if isinstance(a, Node) and layout.tokens(a) is not None
-        ]
-    assert sources
     with editor.at_site(node):
         arguments = [operand(a) for a in node.args]
         return editor.call(node.target, *arguments, **node.kwargs)  # type: ignore[arg-type]

@@ -406,7 +406,7 @@ def test_inspect_of_a_bundle_opens_its_variants(attn_deploy_cli: Cli, demo_bundl
     (variant,) = ran.json["variants"]
     assert variant["chosen"]
     assert set(variant["providers"]) == {"CPUExecutionProvider"}
-    assert len(variant["sites"]) == len(ran.json["sites"]) == 4
+    assert len(variant["sites"]) == len(ran.json["sites"]) == 6
     assert "transformer.attention" in attn_deploy_cli("inspect", demo_bundle, "--all-sites").out
 
 
@@ -423,7 +423,7 @@ def test_progress_goes_to_stderr_and_the_document_to_stdout(demo_bundle: Path, t
     command = [sys.executable, "-m", "attn_deploy.cli", "inspect", str(demo_bundle), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0
-    assert len(json.loads(done.stdout)["sites"]) == 4
+    assert len(json.loads(done.stdout)["sites"]) == 6
     assert "inspecting" in done.stderr
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,3 +34,12 @@ class Classifier(nn.Module):
 def classifier() -> Any:
     torch.manual_seed(0)
     return Classifier(), {"ids": torch.arange(12)[None], "mask": torch.ones(1, 12, dtype=torch.bool)}
+
+
+def sentences() -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """Data: 24 samples of 3 to 20 words, each with a class."""
+    draw = np.random.default_rng(7)
+    for number in range(24):
+        length = int(draw.integers(3, 21))
+        ids = draw.integers(0, WORDS, length)
+        yield {"ids": ids, "mask": np.arange(length) < length - number % 3}, int(ids.sum() % 3)

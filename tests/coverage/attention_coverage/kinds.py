@@ -36,8 +36,20 @@ _SEGFORMER: Rule = lambda m: CROSS if m.sequence_reduction_ratio > 1 else SELF  
 _GLOBAL_CONTEXT: Rule = lambda m: tuple(  # noqa: E731
     kind for kind, part in ((Kind.CONTEXT_POOL, m.conv_attn), (Kind.CHANNEL_GATE, m.mlp_scale)) if part is not None
 )
+_MULTI_HEAD: Rule = lambda m: SELF if m.context_dim is None else CROSS  # noqa: E731
 
 KINDS: dict[str, Kind | tuple[Kind, ...] | Rule] = {
+    "attn_deploy.nn.cbam.ChannelAttention": Kind.CHANNEL_GATE,
+    "attn_deploy.nn.cbam.SpatialAttention": Kind.SPATIAL_GATE,
+    "attn_deploy.nn.coordinate.CoordinateAttention": Kind.SPATIAL_GATE,
+    "attn_deploy.nn.efficient_channel.EfficientChannelAttention": Kind.CHANNEL_GATE,
+    "attn_deploy.nn.hard_attention.HardAttention": Kind.HARD_ATTENTION,
+    "attn_deploy.nn.multi_head.MultiHeadAttention": _MULTI_HEAD,
+    "attn_deploy.nn.non_local.NonLocalBlock": SELF,
+    "attn_deploy.nn.residual_attention.ResidualAttentionBlock": Kind.RESIDUAL_GATE,
+    "attn_deploy.nn.scaled_dot_product.ScaledDotProductAttention": SELF,
+    "attn_deploy.nn.soft_attention.SoftAttention": Kind.CONTEXT_POOL,
+    "attn_deploy.nn.squeeze_excitation.SqueezeExcitation": Kind.CHANNEL_GATE,
     "timm.layers.attention.Attention": SELF,
     "timm.layers.bottleneck_attn.BottleneckAttn": SELF,
     "timm.layers.cbam.ChannelAttn": Kind.CHANNEL_GATE,

@@ -109,6 +109,8 @@ MODELS = (
     _hf("llama", _tokens(100), hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=100),
     _hf("segformer", depths=[1, 1, 1, 1], image_size=64, decoder_hidden_size=32),
+    CoverageModel("nn_image_network", "attention_coverage.nn_networks:image_network"),
+    CoverageModel("nn_token_network", "attention_coverage.nn_networks:token_network"),
 )  # fmt: skip
 
 BY_NAME = {model.name: model for model in MODELS}
