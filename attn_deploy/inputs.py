@@ -92,7 +92,7 @@ def sequence_inputs(inputs: Sequence[ExampleInput]) -> tuple[str, ...]:
     """Names of the inputs whose second dimension is the sequence.
 
     Integers and booleans of rank 2 or more ([batch, sequence] token ids and masks), and with them every float input of
-    rank 2 or 3 that is as long as they are. Without integers: every float input of rank 3 ([batch, sequence, channels]).
+    rank 2 or 3 that is as long as they are. Without integers: every float input [batch, sequence, channels].
     Raises UsageError when there is none, or when they differ in length.
     """
     discrete = [i for i in inputs if i.dtype not in FLOATS and len(i.shape) >= 2]

@@ -223,8 +223,8 @@ class _Work:
             warning = "INT8 was calibrated on random inputs: give --data for ranges of real activations"
             if warning not in self.warnings:
                 self.warnings.append(warning)
-            for seed in range(self.options.calibration_samples // DATA_BATCH or 1):
-                yield make_feeds(captured.inputs, batch=DATA_BATCH if BATCH in captured.dims else None, seed=1000 + seed)
+            for seed in range(1000, 1000 + (self.options.calibration_samples // DATA_BATCH or 1)):
+                yield make_feeds(captured.inputs, batch=DATA_BATCH if BATCH in captured.dims else None, seed=seed)
 
         return batches
 

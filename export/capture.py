@@ -293,8 +293,8 @@ def _as_capture_error(tracker: ModuleTracker, what: str, default_advice: str) ->
         fixed = re.search(r"Constraints violated \((?P<name>\w+)", text)
         specialized = re.search(r"your code specialized it to be a constant \(\d+\)", text)
         name = fixed["name"] if fixed else BATCH
-        said = specialized[0] if specialized else f"holds for {'; '.join(unmet_guards(text)) or first_line(error)} alone"
-        got = f"the {name} is dynamic, and {said if specialized else 'the code ' + said}"
+        guards = "; ".join(unmet_guards(text)) or first_line(error)
+        got = f"the {name} is dynamic, and {specialized[0] if specialized else f'the code holds for {guards} alone'}"
         raise CaptureError(
             what,
             where=tracker.where(error),

@@ -150,7 +150,7 @@ def _bounds(values: Any, least: int) -> DimBounds:
 def _sequence_symbol(program: ExportedProgram) -> Any:
     users = set(program.graph_signature.user_inputs)
     for node in program.graph.find_nodes(op="placeholder"):
-        shape = node.meta["val"].shape if node.name in users else ()
+        shape = list(node.meta["val"].shape) if node.name in users else []
         if len(shape) >= 2 and isinstance(shape[1], torch.SymInt):
             return shape[1].node.expr
     raise AssertionError("the sequence is dynamic")

@@ -144,8 +144,8 @@ def _export(captured: CapturedModel, program: ExportedProgram, opset: int) -> ir
 def _contiguous_attention(program: ExportedProgram) -> Iterator[None]:
     """Results of scaled_dot_product_attention are laid out in order while the program is exported.
 
-    Where it has a float mask, two passes of torch.onnx 2.15 see other strides in its result: the first makes a view of
-    what the second cannot view, and the export fails. ONNX knows no strides, so the copy leaves no node behind.
+    Where it has a float mask that is computed, two passes of torch.onnx 2.15 see other strides in its result: the first
+    makes a view of what the second cannot view, and the export fails. ONNX knows no strides: no node stays behind.
     """
     attention, clone = torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten.clone.default
     copies = []

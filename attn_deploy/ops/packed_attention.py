@@ -5,8 +5,9 @@ The indexed forms take an index map [windows, length] of token numbers: window w
 writes its result back to them, so that partition, shift and their inverse are addresses and not copies (Swin:
 Liu et al. 2021, section 3.2; MaxViT: Tu et al. 2022, section 3.2). In the indexed forms every token stands in one
 window. In the padded ones -1 is padding: it reads `fill` [3, heads, head_dim] (the projection's bias, since a zero
-token projects to it) and is not written back; a token in no window gives 0. Bias comes as its distinct windows [distinct, heads, length, length] and an index [windows] into
-them, since a shifted Swin layer has 64 windows and 4 distinct masks.
+token projects to it) and is not written back; a token in no window gives 0. Bias comes as its distinct windows
+[distinct, heads, length, length] and an index [windows] into them, since a shifted Swin layer has 64 windows and 4
+distinct masks.
 """
 
 from __future__ import annotations

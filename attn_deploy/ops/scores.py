@@ -49,7 +49,8 @@ class Scores:
 
     @property
     def attributes(self) -> dict[str, type]:
-        return {"scale": float} | ({"softcap": float} if self.softcap else {})
+        names = ("scale", "softcap") if self.softcap else ("scale",)
+        return dict.fromkeys(names, float)
 
     def check(self, extra: tuple[Shape, ...], full: Shape) -> None:
         """Shapes of the inputs behind query, key and value; `full` is [batch, heads, query_len, key_len]."""

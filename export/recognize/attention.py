@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,8 +63,8 @@ class AttentionMatch:
     mask is true where a key is hidden.
     `head_scale` [heads] says that scores are cosines times it. `result` is replaced; with `transposed_result` it is
     [..., head_dim, query_len]. `place` is known for self-attention on one packed tensor, or three alike: in the natural
-    order of tokens where sites can stay in it, else in the sources' own; `local_place` is always the latter. `exits` are
-    the movements behind the result that restore the natural order (see regions.py).
+    order of tokens where sites can stay in it, else in the sources' own; `local_place` is always the latter. `exits`
+    are the movements behind the result that restore the natural order (see regions.py).
     """
 
     query: Operand
@@ -209,7 +209,8 @@ class _Finder:
         key_node, key_transposed = upright(key_node, key_transposed)
         match = replace(
             match, scale=match.scale * query_factor * key_factor,
-            query=replace(match.query, node=query_node), key=replace(match.key, node=key_node, transposed=key_transposed),
+            query=replace(match.query, node=query_node),
+            key=replace(match.key, node=key_node, transposed=key_transposed),
         )  # fmt: skip
         match = self._normalized(match)
         match = replace(
@@ -277,6 +278,8 @@ class _Finder:
             return match
         natural = place(parts, self.batch, natural=True)  # type: ignore[arg-type]
         local = place(parts, self.batch, natural=False)  # type: ignore[arg-type]
+        if local is not None and bool((local.index < 0).any()):  # what padding attends to has no place in the operator
+            local = None
         if (match.bias or match.mask) is not None:  # a run-time bias has a row for each window of the batch
             natural, local = (p if p is None or len(p.index) == 1 else None for p in (natural, local))
         if match.softcap or not self.fixed_length:  # the indexed forms know no cap, and an index map has one length
@@ -303,8 +306,8 @@ class _Finder:
 
     def _kind(self, match: AttentionMatch) -> Kind:
         """Cross-attention where queries and keys stand for different tokens. A window that holds all tokens is none."""
-        starts = (o.node if o.rotary is None else o.rotary.source for o in (match.query, match.key))
-        if not same_stream(*starts, self.known):
+        query, key = (o.node if o.rotary is None else o.rotary.source for o in (match.query, match.key))
+        if not same_stream(query, key, self.known):
             return Kind.CROSS_ATTENTION
         values = read_part(self.layout, match.value.node, match.value.transposed)  # no norm stands before them
         if values is not None and _in_windows(values, self.batch):

@@ -51,7 +51,8 @@ class Elements:
 class Coordinates(Protocol):
     """How the elements of a root are read as tokens with channels: from places in the flattened root."""
 
-    channels: int
+    @property
+    def channels(self) -> int: ...
 
     def token(self, places: Tensor) -> Tensor:
         """The token among all tokens of the batch."""
@@ -252,9 +253,7 @@ class Layout:
         """A number, or a constant that is the same for every token."""
         if not isinstance(operand, Node):
             return True
-        return (
-            is_tensor(operand) and is_constant(operand, self._known) and all(d == 1 for d in shape_of(operand)[:-1])
-        )
+        return is_tensor(operand) and is_constant(operand, self._known) and all(d == 1 for d in shape_of(operand)[:-1])
 
     def _past(self, node: Node, operands: tuple[Any, ...]) -> Tokens | None:
         """An operator that treats every token alike: the order of its operands, if they agree on one."""

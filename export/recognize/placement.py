@@ -1,4 +1,4 @@
-"""Where the tokens of query, key and value stand: heads, windows, and the index map into the natural order of tokens."""
+"""Where the tokens of query, key and value stand: heads, windows, and the index map into the natural order."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Part:
 class Place:
     """A self-attention as windows of tokens.
 
-    `sources` hold query, key and value: one node [..., 3 * heads * head_dim], or three of a third of it. `order` gives
-    for (part, head, dim) the channel in them, joined; None when it is the packed order already. `index` [windows,
-    length] numbers the tokens of one sample, -1 is padding, which reads `fill` [3 * heads * head_dim]. `tokens` counts
-    those of a sample. `channels_first` says that the sources are [batch, channels, ...]. `natural` says that the numbers are those of the natural order (see Layout), not of the sources'
-    own.
+    `sources` hold query, key and value: one node [..., 3 * heads * head_dim], or three of a third of it; with
+    `channels_first` they are [batch, channels, ...]. `order` gives for (part, head, dim) the channel in them, joined;
+    None when it is the packed order already. `index` [windows, length] numbers the tokens of one sample, of which there
+    are `tokens`; -1 is padding, which reads `fill` [3 * heads * head_dim]. `natural` says that the numbers are those of
+    the natural order (see Layout), not of the sources' own.
     """
 
     sources: tuple[Node, ...]

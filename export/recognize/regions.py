@@ -29,10 +29,8 @@ def settle(sites: Sequence[Site], opened: Collection[Node] = ()) -> list[Site]:
     _spread(regions)
     result = []
     for site in sites:
-        region = regions.get(site.result)
-        if region is not None:
-            site = replace(site, match=region.settled())
-        result.append(site)
+        found = regions.get(site.result)
+        result.append(site if found is None else replace(site, match=found.settled()))
     return result
 
 

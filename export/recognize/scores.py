@@ -1,8 +1,8 @@
 """From the product of query and key to the softmax: scale, bias, mask, causality and cap, found by running the way.
 
-On zeros it gives the bias; on random scores it must give scale * scores + bias, or cap * tanh(scale * scores / cap) + bias.
-So scale on the scores, bias tables and constant masks need no pattern. A value that depends on the model's inputs stays an
-operand.
+On zeros it gives the bias; on random and on large scores it must give scale * scores + bias, or
+cap * tanh(scale * scores / cap) + bias. So scale on the scores, bias tables and constant masks need no pattern. A value
+that depends on the model's inputs stays an operand.
 """
 
 from __future__ import annotations

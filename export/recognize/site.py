@@ -29,8 +29,6 @@ class Reason(StrEnum):
     """Why something that looks like attention is not rewritten."""
 
     DROPOUT = "dropout is active in the captured graph: put the model in evaluation mode"
-    GROUPED_HEADS = "grouped heads: key and value have fewer heads than query"
-    WINDOW_BIAS = "bias or mask differs between windows of one image"
     HEADS_MIXED = "the scores or weights of the heads are mixed (talking heads)"
     NOT_BETWEEN_PRODUCTS = "the softmax does not stand between two matrix products"
     NOT_LAST_AXIS = "the softmax is not over the keys: its axis is not the last"

@@ -90,9 +90,9 @@ def _packed(editor: Editor, match: AttentionMatch, place: Place) -> Node:
 def _put_back(editor: Editor, match: AttentionMatch, node: Node, place: Place) -> None:
     """The operator's result in the layout of the original's, where that is used as it is."""
     windows, length = place.index.shape
-    if _is_indexed(match, place):
-        if not torch.equal(place.index.flatten(), torch.arange(place.tokens)):
-            node = editor.call(aten.index.Tensor, node, [None, editor.constant(place.index.flatten().clamp_min(0))])
+    flat = place.index.flatten()
+    if not torch.equal(flat, torch.arange(place.tokens)):
+        node = editor.call(aten.index.Tensor, node, [None, editor.constant(flat.clamp_min(0))])
     if windows == 1:
         lead = node.meta["val"].shape[:2]
         heads_last = editor.reshape(node, [*lead, place.heads, place.head_dim])

@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from attn_deploy.export.graph import aten
 
-Size = int | torch.SymInt
+Size: TypeAlias = Any
+"""A number, or a torch.SymInt where it is dynamic."""
 
 
 class FixedSize(Exception):

@@ -1,4 +1,4 @@
-"""Values in the natural order of tokens: what stands between the way into windows and the way out of them, built anew."""
+"""Values in the natural order of tokens: what stands between the way into windows and the way out, built anew."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _build(editor: Editor, layout: Layout, node: Node) -> Node:
 
 
 def by_sample(editor: Editor, node: Node, tokens: int) -> Node:
-    """`node` [..., channels] as [batch, tokens, channels], in its own order; `tokens` is their number in the example."""
+    """`node` [..., channels] as [batch, tokens, channels], in its own order; the example has `tokens` of them."""
     *rows, channels = node.meta["val"].shape
     batch = editor.batch_size
     return editor.reshape(editor.at(node), [batch, None if _varies(rows, batch) else tokens, channels])

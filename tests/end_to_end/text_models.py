@@ -22,12 +22,13 @@ class Classifier(nn.Module):
         self.embedding = nn.Embedding(WORDS, DIM)
         self.position = attn_nn.LearnedPositionalEncoding(DIM, LONGEST)
         self.layers = nn.ModuleList(attn_nn.TransformerEncoderLayer(DIM, HEADS, 32) for _ in range(2))
-        self.head = nn.Linear(DIM, 3)
+        self.norm, self.head = nn.LayerNorm(DIM), nn.Linear(DIM, 3)
 
     def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         x = self.position(self.embedding(ids))
         for layer in self.layers:
             x = layer(x, mask=mask[:, None, None, :])
+        x = self.norm(x)
         return {"scores": self.head(x.mean(1)), "tokens": x}
 
 

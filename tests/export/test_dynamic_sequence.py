@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attn_deploy import nn as attn_nn
-from attn_deploy.errors import CaptureError, UsageError
 from attn_deploy.export.capture import CapturedModel, capture
 from attn_deploy.export.recognize import recognize
 from attn_deploy.export.recognize.site import Kind, Reason
@@ -27,144 +27,34 @@ from attn_deploy.inputs import ExampleInput, make_feeds
 from attn_deploy.parity import sqnr_db
 from attn_deploy.session import DimBounds
 
+sys.path.insert(0, str(Path(__file__).parent))  # for text_bodies
+
+import text_bodies as bodies
+from text_bodies import BOTH, DIM, HEADS, IDS, LENGTH, LONGEST, WORDS, Mixed, Text, fused, own_layers
+
 Capture = Callable[..., CapturedModel]
-BOTH = {"batch": DimBounds(), "sequence": DimBounds(2)}
-LENGTH, DIM, HEADS, WORDS, LONGEST = 12, 16, 2, 50, 40
-IDS = ExampleInput("ids", (1, LENGTH), "int64", high=WORDS)
 MASK = ExampleInput("mask", (1, LENGTH), "int64", mask=True)
 CONFIGS = Path(__file__).parents[1] / "coverage" / "configs"
 
-
-class Text(nn.Module):
-    """ids [batch, sequence] -> [batch, sequence, DIM]: an embedding, then `body`."""
-
-    def __init__(self, *body: nn.Module) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(WORDS, DIM)
-        self.body = nn.Sequential(*body)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.body(self.embedding(ids))
-
-
-class Mixed(nn.Module):
-    """x + attention(x) on [batch, sequence, DIM]; `mix` takes query, key, value [batch, heads, sequence, head_dim]."""
-
-    def __init__(self, mix: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.qkv, self.out, self.mix = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM), mix
-        self.register_buffer("triangle", torch.ones(LONGEST, LONGEST).tril())
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        parts = (p.view(batch, length, HEADS, -1).transpose(1, 2) for p in self.qkv(x).split(DIM, 2))
-        return x + self.out(self.mix(self, *parts).transpose(1, 2).reshape(batch, length, DIM))
-
-
-def fused(self: Mixed, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def fused_causal(self: Mixed, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def triangle_of_a_buffer(self: Mixed, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    seen = self.triangle[: q.shape[2], : q.shape[2]]
-    return (q @ k.transpose(-2, -1) * 0.3).masked_fill(seen == 0, float("-inf")).softmax(-1) @ v
-
-
-def triangle_made_anew(self: Mixed, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    places = torch.arange(q.shape[2])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=places[:, None] >= places)
-
-
-def bias_by_distance(self: Mixed, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    places = torch.arange(q.shape[2])
-    return ((q @ k.transpose(-2, -1)) * 0.3 + (places[:, None] - places).abs() * -0.1).softmax(-1) @ v
-
-
-def three_dimensional(self: Mixed, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    flat = [p.reshape(-1, p.shape[2], p.shape[3]) for p in (q, k, v)]
-    return torch.bmm(torch.bmm(flat[0], flat[1].transpose(1, 2)).softmax(-1), flat[2]).view(q.shape)
-
-
-def turned(halves: bool, whole: bool) -> Callable[..., Tensor]:
-    """Rotary embedding with tables made for the length, in one of the usual spellings."""
-
-    def mix(self: Mixed, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        half = q.shape[-1] // 2
-        angles = torch.arange(q.shape[2])[:, None] / 100.0 ** (torch.arange(half) / half)
-        spread = torch.cat([angles, angles], -1) if halves else angles.repeat_interleave(2, -1)
-        cos, sin = (spread if whole else angles).cos(), (spread if whole else angles).sin()
-
-        def turn(x: Tensor) -> Tensor:
-            a, b = (x[..., :half], x[..., half:]) if halves else (x[..., ::2], x[..., 1::2])
-            if whole:
-                across = torch.cat([-b, a], -1) if halves else torch.stack([-b, a], -1).flatten(-2)
-                return x * cos + across * sin
-            pair = a * cos - b * sin, b * cos + a * sin
-            return torch.cat(pair, -1) if halves else torch.stack(pair, -1).flatten(-2)
-
-        return F.scaled_dot_product_attention(turn(q), turn(k), v)
-
-    return mix
-
-
-def torch_encoder(batch_first: bool) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(DIM, HEADS, 32, batch_first=batch_first)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-
-
-class SequenceFirst(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = torch_encoder(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x.transpose(0, 1)).transpose(0, 1)
-
-
-class WithClass(nn.Module):
-    """A class token before the sequence: the attention sees one token more than there are words."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.token, self.inner = nn.Parameter(torch.randn(1, 1, DIM)), Mixed(fused)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1))
-
-
-def own_layers(**options: Any) -> nn.Module:
-    layers = (attn_nn.TransformerEncoderLayer(DIM, HEADS, 32, **options) for _ in range(2))
-    return nn.Sequential(attn_nn.SinusoidalPositionalEncoding(DIM, LONGEST), *layers)
-
-
-def rotary(interleaved: bool) -> nn.Module:
-    table = attn_nn.RotaryPositionalEncoding(DIM // HEADS, LONGEST, interleaved=interleaved)
-    return own_layers(causal=True, rotary=table)
-
-
 MODELS: dict[str, tuple[Callable[[], nn.Module], list[str], int]] = {
     "fused": (lambda: Mixed(fused), ["PackedAttention"], 0),
-    "fused causal": (lambda: Mixed(fused_causal), ["PackedAttentionCausal"], 0),
-    "triangle of a buffer": (lambda: Mixed(triangle_of_a_buffer), ["PackedAttentionMask"], 0),
-    "triangle made anew": (lambda: Mixed(triangle_made_anew), ["PackedAttentionMask"], 0),
-    "bias by distance": (lambda: Mixed(bias_by_distance), ["PackedAttentionBiasMask"], 0),
-    "bmm of three dimensions": (lambda: Mixed(three_dimensional), ["PackedAttention"], 0),
-    "whole tables, halves": (lambda: Mixed(turned(True, True)), ["Attention"], 2),
-    "whole tables, pairs": (lambda: Mixed(turned(False, True)), ["Attention"], 2),
-    "half tables, halves": (lambda: Mixed(turned(True, False)), ["Attention"], 2),
-    "half tables, pairs": (lambda: Mixed(turned(False, False)), ["Attention"], 2),
-    "a class token": (WithClass, ["PackedAttention"], 0),
-    "nn.TransformerEncoder": (lambda: torch_encoder(True), ["Attention"] * 2, 0),
-    "nn.TransformerEncoder, sequence first": (SequenceFirst, ["Attention"] * 2, 0),
+    "fused causal": (lambda: Mixed(bodies.fused_causal), ["PackedAttentionCausal"], 0),
+    "triangle of a buffer": (lambda: Mixed(bodies.triangle_of_a_buffer), ["PackedAttentionMask"], 0),
+    "triangle made anew": (lambda: Mixed(bodies.triangle_made_anew), ["PackedAttentionMask"], 0),
+    "bias by distance": (lambda: Mixed(bodies.bias_by_distance), ["PackedAttentionBiasMask"], 0),
+    "bmm of three dimensions": (lambda: Mixed(bodies.three_dimensional), ["PackedAttention"], 0),
+    "whole tables, halves": (lambda: Mixed(bodies.turned(True, True)), ["Attention"], 2),
+    "whole tables, pairs": (lambda: Mixed(bodies.turned(False, True)), ["Attention"], 2),
+    "half tables, halves": (lambda: Mixed(bodies.turned(True, False)), ["Attention"], 2),
+    "half tables, pairs": (lambda: Mixed(bodies.turned(False, False)), ["Attention"], 2),
+    "a class token": (bodies.WithClass, ["PackedAttention"], 0),
+    "nn.TransformerEncoder": (lambda: bodies.torch_encoder(True), ["Attention"] * 2, 0),
+    "nn.TransformerEncoder, sequence first": (bodies.SequenceFirst, ["Attention"] * 2, 0),
     "attn_deploy.nn": (own_layers, ["PackedAttention"] * 2, 0),
     "attn_deploy.nn, causal": (lambda: own_layers(causal=True), ["PackedAttentionCausal"] * 2, 0),
     "attn_deploy.nn, multi-query": (lambda: own_layers(kv_heads=1), ["AttentionGrouped"] * 2, 0),
-    "attn_deploy.nn, rotary pairs": (lambda: rotary(True), ["AttentionCausal"] * 2, 4),
-    "attn_deploy.nn, rotary halves": (lambda: rotary(False), ["AttentionCausal"] * 2, 4),
+    "attn_deploy.nn, rotary pairs": (lambda: bodies.rotary(True), ["AttentionCausal"] * 2, 4),
+    "attn_deploy.nn, rotary halves": (lambda: bodies.rotary(False), ["AttentionCausal"] * 2, 4),
 }
 """Body, operators of its sites, and how many rotary embeddings there are."""
 
@@ -271,97 +161,6 @@ def test_a_mask_of_the_inputs_is_as_long_as_they_are(captured: Capture) -> None:
     require_same(to_onnx(rewritten), model, [(2, LENGTH), (3, 5), (1, 33)])
 
 
-class Positions(nn.Module):
-    """A table looked up row by row: torch.export does not see where it ends."""
-
-    def __init__(self, rows: int, first: int = 0) -> None:
-        super().__init__()
-        self.table, self.first = nn.Embedding(rows, DIM), first
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.table(torch.arange(x.shape[1]) + self.first)
-
-
-class Pairs(nn.Module):
-    """One vector for each pair of places closer than `reach`: such a table does not end the sequence."""
-
-    def __init__(self, reach: int) -> None:
-        super().__init__()
-        self.table, self.reach = nn.Embedding(reach, DIM), reach
-
-    def forward(self, x: Tensor) -> Tensor:
-        places = torch.arange(x.shape[1])
-        return x + self.table((places[:, None] - places).abs().clamp_max(self.reach - 1)).mean(1)
-
-
-@pytest.mark.parametrize(
-    ("body", "longest"),
-    [
-        (lambda: Positions(20), 20),
-        (lambda: Positions(20, first=2), 18),
-        (lambda: nn.Sequential(Positions(20), Positions(15)), 15),
-        (lambda: Pairs(16), None),
-        (lambda: attn_nn.LearnedPositionalEncoding(DIM, 20), 20),
-        (lambda: Mixed(triangle_of_a_buffer), LONGEST - 1),
-        (lambda: Mixed(fused), None),
-    ],
-    ids=["rows", "rows from the third on", "the shorter of two", "distances", "a slice", "a square slice", "none"],
-)
-def test_an_open_sequence_ends_where_the_model_does(
-    body: Callable[[], nn.Module], longest: int | None, captured: Capture
-) -> None:
-    model = captured(Text(body()), IDS, dims=BOTH)
-    assert model.dims == {"batch": DimBounds(), "sequence": DimBounds(2, longest)}
-    feeds = make_feeds(model.inputs, batch=1, seed=0, sequence=longest or 60)
-    assert model.reference(feeds)["output"].shape == (1, longest or 60, DIM)
-
-
-@pytest.mark.parametrize("body", [Positions(20), attn_nn.LearnedPositionalEncoding(DIM, 20)], ids=["rows", "a slice"])
-def test_a_bound_beyond_the_model_is_refused_with_the_one_that_works(body: nn.Module, captured: Capture) -> None:
-    with pytest.raises(CaptureError, match="does not take sequences of every length") as caught:
-        captured(Text(body), IDS, dims={"batch": DimBounds(), "sequence": DimBounds(2, 64)})
-    assert (caught.value.got, caught.value.expected) == ("2 to 64", "2 to 20")
-    assert caught.value.next_step == "--dynamic sequence=2:20"
-    within = {"batch": DimBounds(), "sequence": DimBounds(3, 16)}
-    assert captured(Text(body), IDS, dims=within).dims == within
-
-
-class FixedLength(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.zeros(LENGTH, DIM))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.table
-
-
-class FoursOfTokens(nn.Module):
-    """Attention within four tokens each: lengths that four does not divide do not work."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = Mixed(fused)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x.reshape(-1, 4, DIM)).reshape(x.shape)
-
-
-@pytest.mark.parametrize("body", [FixedLength(), FoursOfTokens()], ids=["added table", "fours"])
-def test_a_model_that_fixes_its_length_says_how_to_export_it(body: nn.Module, captured: Capture) -> None:
-    with pytest.raises(CaptureError, match="the model cannot be traced") as caught:
-        captured(Text(body), IDS, dims=BOTH)
-    assert "the sequence is dynamic" in str(caught.value.got)
-    assert "--dynamic batch" in str(caught.value.next_step)
-    assert captured(Text(body), IDS, dims={"batch": DimBounds()}).sequence is None
-
-
-@pytest.mark.parametrize(("length", "bounds"), [(LENGTH, DimBounds(16)), (LENGTH, DimBounds(2, 8)), (1, DimBounds(1))])
-def test_an_example_out_of_the_asked_bounds_is_refused(length: int, bounds: DimBounds, captured: Capture) -> None:
-    with pytest.raises(UsageError, match="the example's sequence is out of the asked bounds") as caught:
-        captured(Text(), f"ids=1x{length}:int64:50", dims={"batch": DimBounds(), "sequence": bounds})
-    assert caught.value.got == f"ids=1x{length}:int64"
-
-
 def scaled_by_length(self: Mixed, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.transpose(-2, -1) / torch.sym_sqrt(q.shape[2])).softmax(-1) @ v
 
@@ -393,9 +192,7 @@ def test_a_site_that_would_fix_the_length_is_left_as_it_is(captured: Capture) ->
     require_same(to_onnx(rewritten), rewritten.captured, [(2, LENGTH), (3, 19)])
 
 
-def test_a_site_that_holds_for_the_example_alone_is_undone(
-    captured: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_site_that_holds_for_the_example_alone_is_undone(captured: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rewriting that adds a bias of the example's length: it is right there, and cannot run at another."""
 
     class Rewriter:

@@ -113,16 +113,12 @@ def filled(q: Tensor, k: Tensor, v: Tensor, table: Tensor, extra: Tensor) -> Ten
     return (q @ k.transpose(-2, -1) * 0.35).masked_fill(~extra, -1e9).softmax(-1) @ v
 
 
-def with_dropout(q: Tensor, k: Tensor, v: Tensor, table: Tensor, extra: Any) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+def capped(q: Tensor, k: Tensor, v: Tensor, table: Tensor, extra: Any) -> Tensor:
+    return (torch.tanh(q @ k.transpose(-2, -1) / 5) * 5).softmax(-1) @ v
 
 
 def over_queries(q: Tensor, k: Tensor, v: Tensor, table: Tensor, extra: Any) -> Tensor:
     return (q @ k.transpose(-2, -1)).softmax(-2) @ v
-
-
-def capped(q: Tensor, k: Tensor, v: Tensor, table: Tensor, extra: Any) -> Tensor:
-    return (torch.tanh(q @ k.transpose(-2, -1) / 5) * 5).softmax(-1) @ v
 
 
 def softmax_alone(q: Tensor, k: Tensor, v: Tensor, table: Tensor, extra: Any) -> Tensor:
@@ -146,6 +142,7 @@ ATTENTIONS: dict[str, tuple[Callable[..., Tensor], bool, str]] = {
     "written, causal": (written_causal, False, "AttentionCausal"),
     "written, float mask with -inf": (written_float_mask, False, "AttentionBias"),
     "written, masked_fill": (filled, False, "AttentionMask"),
+    "written, a cap on the scores": (capped, True, "PackedAttentionSoftcap"),
 }
 
 
@@ -203,9 +200,7 @@ def test_masked_keys_have_no_weight_in_the_operator(captured: Capture) -> None:
 
 
 SKIPPED = {
-    "active dropout": (with_dropout, Reason.DROPOUT),
     "a softmax over queries": (over_queries, Reason.NOT_LAST_AXIS),
-    "a cap on the scores": (capped, Reason.NOT_AFFINE),
     "a softmax not between products": (softmax_alone, Reason.NOT_SUMMED),
 }
 
@@ -251,9 +246,10 @@ class Grouped(nn.Module):
         return F.scaled_dot_product_attention(q, kv, kv, enable_gqa=True).transpose(1, 2).flatten(2)
 
 
-def test_grouped_heads_are_skipped_with_their_reason(captured: Capture) -> None:
-    findings = recognize(captured(Grouped(), f"x=1x{TOKENS}x{DIM}"))
-    assert [s.reason for s in findings.skipped] == [Reason.GROUPED_HEADS]
+def test_grouped_heads_have_a_form_of_their_own(captured: Capture) -> None:
+    model = captured(Grouped(), f"x=1x{TOKENS}x{DIM}")
+    rewritten = rewrite(model, recognize(model))
+    assert [(s.operator, s.kind) for s in rewritten.sites] == [("AttentionGrouped", Kind.SELF_ATTENTION)]
 
 
 class Cross(nn.Module):
@@ -271,7 +267,7 @@ def test_attention_to_another_input_is_cross_attention(captured: Capture) -> Non
     assert [s.kind for s in findings.sites] == [Kind.CROSS_ATTENTION]
 
 
-def test_bias_that_differs_between_windows_is_skipped_with_its_reason(captured: Capture) -> None:
+def test_windows_with_and_without_a_shift_become_the_indexed_form(captured: Capture) -> None:
     import timm
 
     module = timm.create_model(
@@ -279,8 +275,10 @@ def test_bias_that_differs_between_windows_is_skipped_with_its_reason(captured: 
     )
     model = captured(module, "x=1x3x32x32")
     rewritten = rewrite(model, recognize(model))
-    assert [(s.module, s.reason) for s in rewritten.skipped] == [("layers.0.blocks.1.attn", Reason.WINDOW_BIAS)]
-    assert [(s.module, s.operator) for s in rewritten.sites] == [("layers.0.blocks.0.attn", "PackedAttentionBias")]
+    assert [(s.module, s.operator) for s in rewritten.sites] == [
+        ("layers.0.blocks.0.attn", "PackedAttentionIndexedBias"),
+        ("layers.0.blocks.1.attn", "PackedAttentionIndexedBias"),
+    ]
 
 
 class TwoOfThem(nn.Module):

@@ -180,3 +180,37 @@ def test_an_output_that_is_called_like_an_input_gets_a_name_of_its_own(captured:
             return {"x": x * 2, "y": x + 1}
 
     assert captured(Echo(), "x=1x3").outputs == ("x_output", "y")
+
+
+class BiasedAttention(nn.Module):
+    """A fused attention with a float mask that is computed, here from a table [query, key, heads]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.table = nn.Parameter(torch.randn(5, 5, 2, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=self.table.permute(2, 0, 1)[None])
+        return mixed.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1)
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_an_attention_that_is_left_as_it_is_goes_to_onnx(
+    at_the_end: bool, captured: Callable[..., CapturedModel]
+) -> None:
+    """As the peer to be faster than, and where a site is skipped; with the attention itself as the model's output."""
+    model = captured(FusedAlone() if at_the_end else BiasedAttention(), "x=1x2x5x4" if at_the_end else "x=1x5x8")
+    graph = str(model.program.graph)
+    session = onnxruntime.InferenceSession(ir.to_proto(plain_onnx(model)).SerializeToString())
+    assert str(model.program.graph) == graph
+    for batch in (1, 3):
+        feeds = make_feeds(model.inputs, batch=batch, seed=1)
+        (expected,) = model.reference(feeds).values()
+        assert sqnr_db(expected, session.run(None, feeds)[0]) > 100
+
+
+class FusedAlone(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(5, 5).tril())

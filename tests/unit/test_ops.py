@@ -540,9 +540,24 @@ def test_padding_reads_fill() -> None:
         ("PackedAttention", [(2, 5, 3, 4)], {"scale": 1.0}, "qkv must be"),
         ("PackedAttention", [(2, 5, 2, 3, 4)], {"scale": 1.0}, "qkv must be"),
         ("PackedAttentionBias", [(2, 5, 3, 3, 4), (1, 2, 5, 5)], {"scale": 1.0}, "does not broadcast"),
-        ("PackedAttentionIndexedPadded", [(2, 5, 3, 3, 4), (2, 2), (3, 3, 4)], {"scale": 1.0, "tokens": 4}, "tokens is 4"),
-        ("PackedAttentionIndexedPadded", [(2, 5, 3, 3, 4), (4,), (3, 3, 4)], {"scale": 1.0, "tokens": 5}, "index must be"),
-        ("PackedAttentionIndexedPadded", [(2, 5, 3, 3, 4), (2, 2), (3, 12)], {"scale": 1.0, "tokens": 5}, "fill must be"),
+        (
+            "PackedAttentionIndexedPadded",
+            [(2, 5, 3, 3, 4), (2, 2), (3, 3, 4)],
+            {"scale": 1.0, "tokens": 4},
+            "tokens is 4",
+        ),
+        (
+            "PackedAttentionIndexedPadded",
+            [(2, 5, 3, 3, 4), (4,), (3, 3, 4)],
+            {"scale": 1.0, "tokens": 5},
+            "index must be",
+        ),
+        (
+            "PackedAttentionIndexedPadded",
+            [(2, 5, 3, 3, 4), (2, 2), (3, 12)],
+            {"scale": 1.0, "tokens": 5},
+            "fill must be",
+        ),
         ("PackedAttentionIndexed", [(2, 5, 3, 3, 4), (2, 2)], {"scale": 1.0, "tokens": 5}, "5 tokens once each"),
         (
             "PackedAttentionIndexedPaddedBias",

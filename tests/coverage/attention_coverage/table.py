@@ -12,6 +12,7 @@ import msgspec
 
 from attention_coverage.measure import BATCHES, Record
 from attn_deploy import environment
+from attn_deploy.export.rewrite.apply import SITE_MIN_SQNR_DB
 from attn_deploy.parity import FP32_MAX_REL, FP32_MIN_SQNR_DB
 
 COMMAND = "make coverage"
@@ -23,6 +24,7 @@ the project's own initializer's, under which every attention matters (`export/in
 
 - **attention**: what recognition found and rewrote, of what is expected. The expectation is checked in
   (`tests/coverage/expected.json`) and comes from each model's own module tree; kinds and module paths must agree.
+  Each was compared with the nodes it stands for in PyTorch at export, {SITE_MIN_SQNR_DB:g} dB or more.
 - **skipped**: left as PyTorch wrote it, with the reason.
 - **site**: the worst site, its operator in ONNX Runtime against PyTorch on the same inputs; 200 dB: identical.
 - **output**: the worst output of `canonical.onnx` in ONNX Runtime without our library and of `portable.onnx` in ONNX
