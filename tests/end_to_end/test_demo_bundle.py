@@ -26,7 +26,7 @@ from attn_deploy.receipt import Receipt
 from attn_deploy.runtimes import native
 
 SAMPLE = demo.SAMPLE_IMAGES / "7_0.png"
-MODULES = ["se_block", "cbam_block", "cbam_block", "transformer.attention"]
+MODULES = ["se_block", "cbam_block", "cbam_block", "transformer.attention", "hard_attention", "hard_attention"]
 
 
 def images(batch: int, seed: int = 0) -> np.ndarray:
@@ -89,12 +89,12 @@ def test_the_receipt_decodes_as_written_and_is_what_json_printed(demo_bundle: Pa
 def test_every_attention_of_the_demo_is_recognized_where_it_stands(demo_bundle: Path) -> None:
     sites = json.loads((demo_bundle / "receipt.json").read_text())["sites"]
     assert [(s["module"], s["status"]) for s in sites] == [(m, "recognized") for m in MODULES]
-    operators = ["GateResidualRelu", "Gate", "GateResidualRelu", "PackedAttention"]
+    operators = ["GateResidualRelu", "Gate", "GateResidualRelu", "PackedAttention", "HardAttention", "ContextPool"]
     assert [s["operator"] for s in sites] == operators
     for site in sites:
         file, line = site["source_line"].rsplit(":", 1)
         text = (Path(demo.__file__).parents[1] / file.split("attn_deploy/")[-1]).read_text().splitlines()[int(line) - 1]
-        assert "gate(" in text or "scaled_dot_product_attention" in text
+        assert any(call in text for call in ("gate(", "scaled_dot_product_attention", "topk(", "softmax("))
 
 
 def test_every_candidate_says_for_every_site_what_runs_it(demo_bundle: Path) -> None:
