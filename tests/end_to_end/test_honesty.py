@@ -81,7 +81,7 @@ def test_a_damaged_weight_fails_parity_and_nothing_is_written(
 
 
 TINY = {
-    "demo": ("demo", None, {}, 4),
+    "demo": ("demo", None, {}, 6),
     "ViT": ("timm:vit_tiny_patch16_224", "init:0", {"img_size": 32, "depth": 2}, 2),
     "SE and spatial gates": ("tiny_models:gated", "init:0", {}, 2),
     "separate projections": ("tiny_models:scaled_attention", "init:0", {}, 1),
