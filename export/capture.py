@@ -26,7 +26,7 @@ from attn_deploy.export.dimensions import (
     unmet_guards,
 )
 from attn_deploy.export.einsum import as_matrix_product, is_matrix_product
-from attn_deploy.export.graph import EXAMPLE_BATCH, ancestors, aten, module_path, source_line
+from attn_deploy.export.graph import EXAMPLE_BATCH, ancestors, aten, module_path, source_line, user_inputs
 from attn_deploy.export.module_tracker import ModuleTracker, first_line
 from attn_deploy.export.sources.base import LoadedSource
 from attn_deploy.inputs import ExampleInput, make_feeds, sequence_length
@@ -311,7 +311,7 @@ def _without_dynamic(name: str) -> str:
 
 
 def _require_dynamic(program: ExportedProgram, dims: Mapping[str, DimBounds]) -> None:
-    symbols = {s for n in program.graph.nodes if n.op == "placeholder" for s in _symbols(n)}
+    symbols = {s for n in user_inputs(program) for s in _symbols(n)}
     if len(symbols) < len(dims):
         raise CaptureError(
             f"the {' or the '.join(dims)} did not stay dynamic",

@@ -11,7 +11,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
 from attn_deploy.errors import CaptureError, UsageError
-from attn_deploy.export.graph import aten, constants, depends_on_data, evaluate
+from attn_deploy.export.graph import aten, constants, depends_on_data, evaluate, user_inputs
 from attn_deploy.inputs import ExampleInput, sequence_inputs, sequence_length
 from attn_deploy.session import BATCH, SEQUENCE, DimBounds
 
@@ -122,8 +122,7 @@ def _position_tables(program: ExportedProgram, known: Mapping[str, torch.Tensor]
 def dims_of_program(program: ExportedProgram, inputs: Sequence[ExampleInput]) -> dict[str, DimBounds]:
     """The dynamic dimensions of a program that was saved. Raises CaptureError for others than batch and sequence."""
     names = (BATCH, SEQUENCE)
-    users = set(program.graph_signature.user_inputs)
-    shapes = [n.meta["val"].shape for n in program.graph.find_nodes(op="placeholder") if n.name in users]
+    shapes = [n.meta["val"].shape for n in user_inputs(program)]
     found = {
         (axis, size.node.expr) for shape in shapes for axis, size in enumerate(shape) if isinstance(size, torch.SymInt)
     }
@@ -148,9 +147,8 @@ def _bounds(values: Any, least: int) -> DimBounds:
 
 
 def _sequence_symbol(program: ExportedProgram) -> Any:
-    users = set(program.graph_signature.user_inputs)
-    for node in program.graph.find_nodes(op="placeholder"):
-        shape = list(node.meta["val"].shape) if node.name in users else []
+    for node in user_inputs(program):
+        shape = list(node.meta["val"].shape)
         if len(shape) >= 2 and isinstance(shape[1], torch.SymInt):
             return shape[1].node.expr
     raise AssertionError("the sequence is dynamic")

@@ -83,8 +83,10 @@ def constants(program: ExportedProgram) -> dict[str, torch.Tensor]:
     return found
 
 
-def users(node: Node) -> list[Node]:
-    return list(node.users)
+def user_inputs(program: ExportedProgram) -> list[Node]:
+    """The graph's inputs that the user feeds, in order: no parameters, buffers or constants."""
+    names = set(program.graph_signature.user_inputs)
+    return [n for n in program.graph.find_nodes(op="placeholder") if n.name in names]
 
 
 def only_user(node: Node) -> Node | None:

@@ -21,7 +21,7 @@ from attn_deploy.export.graph import (
     shape_of,
     source_line,
 )
-from attn_deploy.export.recognize.layout import MOVES, Layout, Tokens
+from attn_deploy.export.recognize.layout import Layout, Tokens
 from attn_deploy.export.recognize.operands import (
     Rotary,
     normalized_source,
@@ -127,8 +127,6 @@ class _Finder:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         bound = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         query, key, value = (Operand(bound[name]) for name in names[:3])
-        if bound.get("dropout_p", 0.0):
-            raise NoMatch(Reason.DROPOUT)
         shapes = [shape_of(o.node) for o in (query, key, value)]
         if len({len(s) for s in shapes}) != 1 or len(shapes[0]) < 3:
             raise NoMatch(Reason.RANK)
@@ -381,4 +379,4 @@ def _narrowed(value: Tensor, axis: int) -> Tensor:
     return first if torch.equal(value, first.expand_as(value)) else value
 
 
-__all__ = ["MOVES", "SDPA", "SOFTMAX", "AttentionMatch", "Operand", "find"]
+__all__ = ["SDPA", "SOFTMAX", "AttentionMatch", "Operand", "find"]

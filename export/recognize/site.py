@@ -28,7 +28,6 @@ class Kind(StrEnum):
 class Reason(StrEnum):
     """Why something that looks like attention is not rewritten."""
 
-    DROPOUT = "dropout is active in the captured graph: put the model in evaluation mode"
     HEADS_MIXED = "the scores or weights of the heads are mixed (talking heads)"
     NOT_BETWEEN_PRODUCTS = "the softmax does not stand between two matrix products"
     NOT_LAST_AXIS = "the softmax is not over the keys: its axis is not the last"

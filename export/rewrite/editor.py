@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node
 
-from attn_deploy.export.graph import aten
+from attn_deploy.export.graph import aten, user_inputs
 
 Size: TypeAlias = Any
 """A number, or a torch.SymInt where it is dynamic."""
@@ -59,8 +59,7 @@ class Editor:
         self._sizes: dict[str, Node] = {}
         self.site: object = None
         """What new nodes are made for: kept in their meta as `site`."""
-        users = set(program.graph_signature.user_inputs)
-        self._inputs = [copied[n] for n in program.graph.find_nodes(op="placeholder") if n.name in users]
+        self._inputs = [copied[n] for n in user_inputs(program)]
         first = self._inputs[0].meta["val"].shape
         self.batch_size: Size = first[0] if len(first) else batch
         """The batch as it stands in shapes: a symbol where it is dynamic."""
