@@ -23,4 +23,6 @@ class Built:
     """(module, name of the operator's node in the canonical model)."""
     exempt: tuple[str, ...] = ()
     storage: dict[str, float] = field(default_factory=dict)
+    options: dict[str, str] = field(default_factory=dict)
+    """What the session must be opened with: lowering counts on it."""
     site_cases: Callable[[], Iterator[SiteCase]] | None = None

@@ -93,7 +93,9 @@ def _inspect_bundle(path: Path, drawing: Drawing | None) -> Inspection:
         files = [bundle.check(f) for f in variant.files]
         nodes = []
         if reason is None:
-            nodes = runtimes.read_back(target, files[0], feeds, library=variant.library is not None)
+            nodes = runtimes.read_back(
+                target, files[0], feeds, library=variant.library is not None, options=variant.options
+            )
         everything, weighted = dtype_shares(nodes, [root for _, root in roots])
         runs = site_runs(roots, nodes) if reason is None else ()
         variants.append(

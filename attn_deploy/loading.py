@@ -161,6 +161,7 @@ def load(
         outputs=entry.outputs,
         threads=threads,
         library=lowered.library is not None,
+        options=lowered.options,
     )
     return BundleSession(session, bundle, entry, name)
 

@@ -228,7 +228,7 @@ def _reference_values(
     for block in blocks.in_order:
         given = blocks.reference_feeds(block, values)
         model = blocks.reference.model_of(block.reference, given)
-        values[block.value] = _run(Target.ONNXRUNTIME_CPU, model, given, False, threads)
+        values[block.value] = _run(None, model, given, threads)
         read(blocks.needs(block)[1])
         waiting.append(block)
         for ready in [b for b in waiting if blocks.needs(b)[0] <= values.keys()]:
@@ -243,7 +243,7 @@ def _compare(
 ) -> _Kept:  # fmt: skip
     feeds = blocks.candidate_feeds(block, values)
     model = blocks.candidate.model_of(block.candidate, feeds)
-    found = _fidelity(reference, _run(built.target, model, feeds, built.library, threads))
+    found = _fidelity(reference, _run(built, model, feeds, threads))
     row = BlockParity(
         block.module, block.operators, block.between, str(block.arithmetic), found.max_abs, found.max_rel,
         found.cosine, found.sqnr_db, floor_db, passed=found.sqnr_db >= floor_db,
@@ -251,8 +251,14 @@ def _compare(
     return _Kept(block.order, row, model, feeds)
 
 
-def _run(target: Target, model: bytes, feeds: Mapping[str, Array], library: bool, threads: int) -> Array:
-    session = runtimes.open_session(target, model, threads=threads, library=library)
+def _run(built: Built | None, model: bytes, feeds: Mapping[str, Array], threads: int) -> Array:
+    """The block on the candidate's runtime; without a candidate, in FP32 on the CPU."""
+    if built is None:
+        session = runtimes.open_session(Target.ONNXRUNTIME_CPU, model, threads=threads)
+    else:
+        session = runtimes.open_session(
+            built.target, model, threads=threads, library=built.library, options=built.options
+        )
     return next(iter(session.run(feeds).values()))
 
 
@@ -269,6 +275,6 @@ def _read_back(kept: _Kept, built: Built) -> BlockParity:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "block.onnx"
         path.write_bytes(kept.model)
-        nodes = runtimes.read_back(built.target, path, kept.feeds, library=built.library)
+        nodes = runtimes.read_back(built.target, path, kept.feeds, library=built.library, options=built.options)
     slowest_first = sorted(nodes, key=lambda node: -node.time_us)
     return msgspec.structs.replace(kept.row, runs=tuple(dict.fromkeys(n.op_type for n in slowest_first)))

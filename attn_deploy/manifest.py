@@ -19,13 +19,15 @@ class FileEntry(msgspec.Struct, frozen=True):
 class Variant(msgspec.Struct, frozen=True):
     """One lowered model. `files` are bundle-relative, the model first, then what it refers to (external data).
 
-    `library` names the native library the model's custom operators need, None for plain ONNX.
+    `library` names the native library the model's custom operators need, None for plain ONNX. `options` are what the
+    session is opened with.
     """
 
     target: str
     precision: str
     files: tuple[str, ...]
     library: str | None = None
+    options: dict[str, str] = {}
 
 
 class Graph(msgspec.Struct, frozen=True):

@@ -360,7 +360,7 @@ class _Work:
                 continue
             files = tuple(f.relative_to(folder).as_posix() for f in built.files)
             library = "attn_deploy_native" if built.library else None
-            variants[built.id] = Variant(str(built.target), str(built.precision), files, library)
+            variants[built.id] = Variant(str(built.target), str(built.precision), files, library, built.options)
         (folder / bundles.RECEIPT).write_bytes(bundles.encode(receipt))
         write_html(receipt, folder / bundles.REPORT)
         bundles.write_manifest(

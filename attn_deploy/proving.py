@@ -52,14 +52,20 @@ class Proof:
 def open_candidate(built: Built, threads: int, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Session:
     """The session that everything is measured on."""
     return runtimes.open_session(
-        built.target, built.files[0], inputs=inputs, outputs=outputs, threads=threads, library=built.library
+        built.target,
+        built.files[0],
+        inputs=inputs,
+        outputs=outputs,
+        threads=threads,
+        library=built.library,
+        options=built.options,
     )
 
 
 def read_back(proof: Proof, feeds: Mapping[str, Array]) -> None:
     """Sites and dtype shares from one profiled call; a precision that is not what was asked is a fault."""
     built = proof.built
-    nodes = runtimes.read_back(built.target, built.files[0], feeds, library=built.library)
+    nodes = runtimes.read_back(built.target, built.files[0], feeds, library=built.library, options=built.options)
     proof.sites = site_runs(built.sites, nodes)
     proof.dtype_share, proof.weighted_dtype_share = dtype_shares(nodes, [root for _, root in built.sites])
     proof.asked_fault = share_fault(built.precision, proof.weighted_dtype_share)
@@ -83,7 +89,7 @@ def check_parity(
 
 
 def _site_parity(site: SiteCase, built: Built, tolerance: Tolerance) -> SiteParity:
-    session = runtimes.open_session(built.target, site.model, library=built.library)
+    session = runtimes.open_session(built.target, site.model, library=built.library, options=built.options)
     moments = Moments()
     got = next(iter(session.run(site.feeds).values()))
     moments.add(site.expected, got.reshape(site.expected.shape))
@@ -155,6 +161,7 @@ def measure_memory(proof: Proof, feeds: Mapping[str, Array], threads: int) -> No
         "target": str(proof.built.target),
         "model": str(proof.built.files[0]),
         "library": proof.built.library,
+        "options": proof.built.options,
         "threads": threads,
         "feeds": {name: [str(a.dtype), list(a.shape)] for name, a in feeds.items()},
     }

@@ -16,7 +16,11 @@ CALLS = 3
 
 def _run(payload: dict[str, Any]) -> None:
     session = runtimes.open_session(
-        Target(payload["target"]), Path(payload["model"]), threads=payload["threads"], library=payload["library"]
+        Target(payload["target"]),
+        Path(payload["model"]),
+        threads=payload["threads"],
+        library=payload["library"],
+        options=payload["options"],
     )
     feeds = {name: np.ones(shape, dtype) for name, (dtype, shape) in payload["feeds"].items()}
     for _ in range(CALLS):

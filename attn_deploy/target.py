@@ -13,17 +13,25 @@ class Target(StrEnum):
     """Where a variant runs."""
 
     ONNXRUNTIME_CPU = "onnxruntime-cpu"
+    ONNXRUNTIME_CUDA = "onnxruntime-cuda"
+    TENSORRT = "tensorrt"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self is not Target.ONNXRUNTIME_CPU
 
 
 class Precision(StrEnum):
     """What the multiply-adds of linear layers and convolutions are computed in.
 
     `FP16` on an x86 CPU is a storage format: the weights are stored in half precision and computed in FP32,
-    since no x86 kernel of ONNX Runtime multiplies in FP16 (receipt: `storage`, with `dtype_share` float32).
+    since no x86 kernel of ONNX Runtime multiplies in FP16 (receipt: `storage`, with `dtype_share` float32). On a GPU
+    `FP16` and `BF16` are what is computed in, said by the types of the graph; inputs and outputs of the model stay FP32.
     """
 
     FP32 = "fp32"
     FP16 = "fp16"
+    BF16 = "bf16"
     INT8 = "int8"
 
 

@@ -263,6 +263,7 @@ def _open(bundle: Bundle, graph: Graph, receipt: Receipt, threads: int) -> tuple
             precision=Precision(variant.precision),
             files=tuple(bundle.path(f) for f in variant.files),
             library=variant.library is not None,
+            options=variant.options,
             sites=tuple(receipt_sites(receipt)),
             exempt=row.exempt if row is not None else (),
             storage=row.storage if row is not None else {},

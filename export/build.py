@@ -17,7 +17,7 @@ from attn_deploy.built import Built
 from attn_deploy.bundle import CANONICAL, PORTABLE
 from attn_deploy.export.capture import CapturedModel
 from attn_deploy.export.lower import RECIPES
-from attn_deploy.export.lower.onnxruntime_cpu import Lowered
+from attn_deploy.export.lower.lowered import Lowered
 from attn_deploy.export.precision.calibration import OpenModel
 from attn_deploy.export.rewrite import RewrittenModel
 from attn_deploy.export.site_parity import SiteRecord, record_sites, site_cases
@@ -93,6 +93,7 @@ def _built(
         sites=tuple((s.module, s.node) for s in canonical.sites),
         exempt=lowered.plan.exempt + lowered.notes,
         storage=_storage_mb(lowered.model),
+        options=lowered.options,
         site_cases=partial(site_cases, canonical, lowered.model, records),
     )
 

@@ -12,7 +12,11 @@ from typing import Any, Protocol
 from attn_deploy.session import Array, Session, TensorSpec
 from attn_deploy.target import Target
 
-RUNTIMES: dict[Target, str] = {Target.ONNXRUNTIME_CPU: "attn_deploy.runtimes.onnxruntime"}
+RUNTIMES: dict[Target, str] = {
+    Target.ONNXRUNTIME_CPU: "attn_deploy.runtimes.onnxruntime",
+    Target.ONNXRUNTIME_CUDA: "attn_deploy.runtimes.onnxruntime_cuda",
+    Target.TENSORRT: "attn_deploy.runtimes.tensorrt",
+}
 """Target -> module. A module offers `availability`, `open_session` and `read_back`, as Runtime says."""
 
 
@@ -50,9 +54,12 @@ class Runtime(Protocol):
         outputs: Sequence[TensorSpec] | None,
         threads: int | None,
         library: bool,
+        options: Mapping[str, str],
     ) -> Session: ...
 
-    def read_back(self, model: Path, feeds: Mapping[str, Array], *, library: bool) -> list[RunNode]: ...
+    def read_back(
+        self, model: Path, feeds: Mapping[str, Array], *, library: bool, options: Mapping[str, str]
+    ) -> list[RunNode]: ...
 
 
 def runtime(target: Target) -> ModuleType:
@@ -73,20 +80,29 @@ def open_session(
     outputs: Sequence[TensorSpec] | None = None,
     threads: int | None = None,
     library: bool = False,
+    options: Mapping[str, str] | None = None,
 ) -> Session:
     """Opens a model, given as bytes or as a path (a path when its weights are in a file of their own).
 
-    `threads` None leaves the number to the runtime; `library` registers our native operators.
+    `threads` None leaves the number to the runtime; `library` registers our native operators; `options` are what the
+    variant's lowering counts on (its recipe says which).
     """
     session: Session = runtime(target).open_session(
-        model, inputs=inputs, outputs=outputs, threads=threads, library=library
+        model, inputs=inputs, outputs=outputs, threads=threads, library=library, options=options or {}
     )
     return session
 
 
-def read_back(target: Target, model: Path, feeds: Mapping[str, Array], *, library: bool = False) -> list[RunNode]:
+def read_back(
+    target: Target,
+    model: Path,
+    feeds: Mapping[str, Array],
+    *,
+    library: bool = False,
+    options: Mapping[str, str] | None = None,
+) -> list[RunNode]:
     """What really runs: every node of the opened session, from one profiled call."""
-    nodes: list[RunNode] = runtime(target).read_back(model, feeds, library=library)
+    nodes: list[RunNode] = runtime(target).read_back(model, feeds, library=library, options=options or {})
     return nodes
 
 

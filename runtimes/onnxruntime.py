@@ -66,24 +66,28 @@ def open_session(
     outputs: Sequence[TensorSpec] | None = None,
     threads: int | None = None,
     library: bool = False,
+    options: Mapping[str, str] | None = None,
 ) -> OnnxRuntimeSession:
-    """Raises UnavailableError without onnxruntime, AttnDeployError when it rejects the model."""
+    """`options` must be empty: lowering for the CPU counts on none. Raises UnavailableError without onnxruntime, AttnDeployError when it rejects the model."""
+    assert not options, options
     session = _create(model, _options(threads, library))
     return OnnxRuntimeSession(session, inputs or _specs(session.get_inputs()), outputs or _specs(session.get_outputs()))
 
 
-def read_back(model: Path, feeds: Mapping[str, Array], *, library: bool = False) -> list[RunNode]:
+def read_back(
+    model: Path, feeds: Mapping[str, Array], *, library: bool = False, options: Mapping[str, str] | None = None
+) -> list[RunNode]:
     """Every node of the session in the order of the run, from a profile of its second call.
 
     Prepacking is off, since prepacked weights are left out of the profile and the work could not be counted; it
     changes no node.
     """
     with tempfile.TemporaryDirectory() as folder:
-        options = _options(None, library)
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        session = _create(model, options)
+        settings = _options(None, library)
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(Path(folder) / "profile")
+        settings.add_session_config_entry("session.disable_prepacking", "1")
+        session = _create(model, settings)
         session.run(None, dict(feeds))
         events = json.loads(Path(session.end_profiling()).read_text())
     return [_node(e) for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]

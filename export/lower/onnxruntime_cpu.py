@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
 from attn_deploy.export.functions import inline_functions
+from attn_deploy.export.lower.lowered import Batches, Lowered
 from attn_deploy.export.precision.calibration import OpenModel, collect_ranges
 from attn_deploy.export.precision.fp16 import store_fp16
 from attn_deploy.export.precision.insert import drop_unused_initializers
@@ -15,21 +15,7 @@ from attn_deploy.export.precision.int8_conv import quantize_convs, values_to_cal
 from attn_deploy.export.precision.int8_linear import quantize_linear
 from attn_deploy.export.precision.plan import PrecisionPlan, Scheme, plan_int8, weighted_nodes
 from attn_deploy.export.to_onnx import CanonicalModel
-from attn_deploy.session import Array
 from attn_deploy.target import Precision
-
-Batches = Callable[[], Iterable[Mapping[str, Array]]]
-"""Calibration feeds; called once for each pass over them."""
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """A model for one target and precision. `library` says that it holds operators of the native library."""
-
-    model: ir.Model
-    plan: PrecisionPlan
-    library: bool
-    notes: tuple[str, ...] = ()
 
 
 def lower(

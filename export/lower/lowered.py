@@ -1,0 +1,26 @@
+"""What a recipe hands back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from attn_deploy.export.precision.plan import PrecisionPlan
+from attn_deploy.session import Array
+
+Batches = Callable[[], Iterable[Mapping[str, Array]]]
+"""Calibration feeds; called once for each pass over them."""
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A model for one target and precision. `library` says that it holds operators of the target's native library;
+    `options` are what its session must be opened with; `notes` what of the asked precision was not kept, and why."""
+
+    model: ir.Model
+    plan: PrecisionPlan
+    library: bool
+    notes: tuple[str, ...] = ()
+    options: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,7 @@
+"""Being written."""
+
+from __future__ import annotations
+
+
+def availability() -> str | None:
+    return "being written"
