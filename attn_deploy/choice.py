@@ -5,12 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from attn_deploy.parity import FP16_MIN_SQNR_DB, FP32_MAX_REL, FP32_MIN_SQNR_DB, INT8_MIN_SQNR_DB, Tolerance
+from attn_deploy.parity import (
+    BF16_MIN_SQNR_DB,
+    FP16_MIN_SQNR_DB,
+    FP32_MAX_REL,
+    FP32_MIN_SQNR_DB,
+    INT8_MIN_SQNR_DB,
+    Tolerance,
+)
 from attn_deploy.receipt import Accuracy, CandidateEntry
-from attn_deploy.target import Precision
+from attn_deploy.target import Precision, Target
 
-INT8_MIN_SHARE = 0.9
-"""`int8` means that at least this share of the multiply-adds of linear layers and convolutions is in INT8."""
+MIN_SHARE = 0.9
+"""`int8`, and `fp16` and `bf16` on a GPU, mean that at least this share of the multiply-adds of linear layers and
+convolutions is in that type."""
+
+FLOORS_DB = {
+    Precision.FP32: FP32_MIN_SQNR_DB,
+    Precision.FP16: FP16_MIN_SQNR_DB,
+    Precision.BF16: BF16_MIN_SQNR_DB,
+    Precision.INT8: 0.0,
+}
 
 DEFAULT_MAX_DROP = 1.0
 
@@ -25,13 +40,12 @@ class Budget:
     min_sqnr_db: float | None = None
 
     def tolerance(self, precision: Precision) -> Tolerance:
-        """Of every output: the user's floor, and never below what FP32 and FP16 must give anyway."""
-        floors = {Precision.FP32: FP32_MIN_SQNR_DB, Precision.FP16: FP16_MIN_SQNR_DB, Precision.INT8: 0.0}
+        """Of every output: the user's floor, and never below what the precision must give anyway."""
         given = self.min_sqnr_db
         if given is None:
             given = INT8_MIN_SQNR_DB if precision is Precision.INT8 else 0.0
         max_rel = FP32_MAX_REL if precision is Precision.FP32 else None
-        return Tolerance(max(floors[precision], given), max_rel)
+        return Tolerance(max(FLOORS_DB[precision], given), max_rel)
 
     def accuracy_fault(self, agreement: float | None, accuracy: Accuracy | None) -> str | None:
         """Why the accuracy misses the budget, or None."""
@@ -45,13 +59,18 @@ class Budget:
         return None
 
 
-def share_fault(precision: Precision, weighted_dtype_share: dict[str, float]) -> str | None:
+_TYPES = {Precision.INT8: "int8", Precision.FP16: "float16", Precision.BF16: "bfloat16"}
+
+
+def share_fault(target: Target, precision: Precision, weighted_dtype_share: dict[str, float]) -> str | None:
     """Why a candidate is not in the precision that was asked, or None. FP16 on a CPU is storage: nothing to check."""
-    if precision is not Precision.INT8:
+    kind = _TYPES.get(precision)
+    if kind is None or (precision is not Precision.INT8 and not target.on_gpu):
         return None
-    share = weighted_dtype_share.get("int8", 0.0)
-    if share < INT8_MIN_SHARE:
-        return f"only {share:.1%} of the multiply-adds of linear layers and convolutions are in INT8"
+    share = weighted_dtype_share.get(kind, 0.0)
+    if share < MIN_SHARE:
+        said = str(precision).upper()
+        return f"only {share:.1%} of the multiply-adds of linear layers and convolutions are in {said}"
     return None
 
 

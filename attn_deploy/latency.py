@@ -14,7 +14,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 
 import numpy as np
@@ -54,10 +54,14 @@ the last 2.3 % apart (ONNX Runtime 1.32, 1 thread, 36 rounds, CPU time, since th
 
 @dataclass(frozen=True)
 class System:
-    """Something to call. `call` returns only when its results are in host memory: copies count alike for everyone."""
+    """Something to call. `call` returns only when its results are there: copies count for everyone, or for no one.
+
+    `device_ms` gives what the device's own events measured around the last call's work, where there is a device.
+    """
 
     name: str
     call: Callable[[], object]
+    device_ms: Callable[[], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,14 +78,23 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Measurement:
-    """`samples_ms`: float64[rounds, calls_per_round] by system; row r of every system is from the same round."""
+    """`samples_ms`: float64[rounds, calls_per_round] by system; row r of every system is from the same round.
+    `device_samples_ms`: the same by the device's events, for the systems that have them."""
 
     samples_ms: Mapping[str, Array]
     seed: int = 0
+    device_samples_ms: Mapping[str, Array] = field(default_factory=dict)
 
     def latency(self, name: str, batch: int, threads: int) -> Latency:
         """The figures of one system for the receipt. Raises UsageError for a name that was not measured."""
-        samples = self._of(name)
+        return self._figures(self._of(name), batch, threads)
+
+    def device_latency(self, name: str, batch: int, threads: int) -> Latency | None:
+        """The same by the device's events; None for a system without a device."""
+        samples = self.device_samples_ms.get(name)
+        return None if samples is None else self._figures(samples, batch, threads)
+
+    def _figures(self, samples: Array, batch: int, threads: int) -> Latency:
         p50, p90, p99 = (float(value) for value in np.percentile(samples, [50, 90, 99]))
         return Latency(
             batch=batch,
@@ -195,6 +208,7 @@ def measure(
     if progress is not None:
         progress(0, plan.rounds)
     samples_ms: dict[str, list[list[float]]] = {system.name: [] for system in systems}
+    device_ms: dict[str, list[list[float]]] = {s.name: [] for s in systems if s.device_ms is not None}
     orders = _orders(len(systems), seed)
     last_round_s = 0.0
     for done in range(plan.rounds):
@@ -203,11 +217,18 @@ def measure(
             break
         for system in (systems[index] for index in next(orders)):
             sleep(pause_s)
-            samples_ms[system.name].append(_turn(system, plan.calls, clock))
+            turn = _turn(system, plan.calls, clock)
+            samples_ms[system.name].append(turn.host_ms)
+            if system.device_ms is not None:
+                device_ms[system.name].append(turn.device_ms)
         last_round_s = clock() - round_started_s
         if progress is not None:
             progress(done + 1, plan.rounds)
-    return Measurement({name: np.asarray(rows, dtype=np.float64) for name, rows in samples_ms.items()}, seed)
+    return Measurement(_arrays(samples_ms), seed, _arrays(device_ms))
+
+
+def _arrays(samples_ms: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, Array]:
+    return {name: np.asarray(rows, dtype=np.float64) for name, rows in samples_ms.items()}
 
 
 @dataclass(frozen=True)
@@ -271,10 +292,19 @@ def _warm_up(system: System, warmup_s: float, clock: Callable[[], float]) -> flo
     return float(np.median(calls_s[len(calls_s) // 2 :]))
 
 
-def _turn(system: System, calls: int, clock: Callable[[], float]) -> list[float]:
-    """Milliseconds of each call. An unrecorded one goes before: after a switch caches and threads belong to another."""
+@dataclass(frozen=True)
+class _Turn:
+    """Milliseconds of each call by the host's clock, and by the device's events where there are any."""
+
+    host_ms: list[float]
+    device_ms: list[float]
+
+
+def _turn(system: System, calls: int, clock: Callable[[], float]) -> _Turn:
+    """An unrecorded call goes before: after a switch caches and threads belong to another."""
     system.call()
     samples_ms: list[float] = []
+    device_ms: list[float] = []
     collecting = gc.isenabled()
     gc.disable()  # a collection would fall on whichever system happens to allocate the object that sets it off
     try:
@@ -282,10 +312,12 @@ def _turn(system: System, calls: int, clock: Callable[[], float]) -> list[float]
             call_started_s = clock()
             system.call()
             samples_ms.append((clock() - call_started_s) * 1e3)
+            if system.device_ms is not None:
+                device_ms.append(system.device_ms())
     finally:
         if collecting:
             gc.enable()
-    return samples_ms
+    return _Turn(samples_ms, device_ms)
 
 
 def _orders(count: int, seed: int) -> Iterator[list[int]]:

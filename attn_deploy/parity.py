@@ -17,6 +17,7 @@ FP32_MAX_REL = 1e-4
 """Largest error of an FP32 output, as a share of the reference's range."""
 
 FP16_MIN_SQNR_DB = 45.0
+BF16_MIN_SQNR_DB = 35.0
 INT8_MIN_SQNR_DB = 20.0
 """INT8 without a budget of the user's."""
 

@@ -23,7 +23,7 @@ from attn_deploy.parity import (
     parity_fault,
     summarize,
 )
-from attn_deploy.readback import dtype_shares, site_runs
+from attn_deploy.readback import PROVIDERS, dtype_shares, provider_fault, site_runs
 from attn_deploy.receipt import CandidateEntry, CaseParity, Memory, Parity, SiteParity, SiteRun
 from attn_deploy.session import Array, Session, TensorSpec
 from attn_deploy.target import Precision
@@ -63,12 +63,14 @@ def open_candidate(built: Built, threads: int, inputs: Sequence[TensorSpec], out
 
 
 def read_back(proof: Proof, feeds: Mapping[str, Array]) -> None:
-    """Sites and dtype shares from one profiled call; a precision that is not what was asked is a fault."""
+    """Sites and dtype shares from one profiled call; a precision or provider that is not what was asked is a fault."""
     built = proof.built
     nodes = runtimes.read_back(built.target, built.files[0], feeds, library=built.library, options=built.options)
     proof.sites = site_runs(built.sites, nodes)
     proof.dtype_share, proof.weighted_dtype_share = dtype_shares(nodes, [root for _, root in built.sites])
-    proof.asked_fault = share_fault(built.precision, proof.weighted_dtype_share)
+    proof.asked_fault = share_fault(built.target, built.precision, proof.weighted_dtype_share) or provider_fault(
+        PROVIDERS[built.target], nodes
+    )
     proof.fault = proof.fault or proof.asked_fault
 
 

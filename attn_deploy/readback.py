@@ -9,6 +9,7 @@ from typing import Protocol
 
 from attn_deploy.ops import FORMS
 from attn_deploy.receipt import SiteRun
+from attn_deploy.target import Target
 
 
 class Tensor(Protocol):
@@ -62,6 +63,37 @@ def site_runs(sites: Iterable[tuple[str, str]], nodes: Sequence[Node]) -> tuple[
     return tuple(runs)
 
 
+PROVIDERS = {
+    Target.ONNXRUNTIME_CPU: "CPUExecutionProvider",
+    Target.ONNXRUNTIME_CUDA: "CUDAExecutionProvider",
+    Target.TENSORRT: "TensorRT",
+}
+"""Who must run what computes, by target."""
+
+_NAMED_AT_MOST = 4
+
+
+def provider_fault(expected: str, nodes: Sequence[Node]) -> str | None:
+    """Why not every node that computes runs where it was asked to, naming the others; or None.
+
+    Arithmetic on shapes (integers of a few elements) is put on the host by every runtime, and belongs there.
+    """
+    elsewhere = [n for n in nodes if n.provider != expected and any(_computes(t) for t in n.outputs)]
+    if not elsewhere:
+        return None
+    named = ", ".join(f"{n.name} ({n.op_type} on {n.provider or 'nothing'})" for n in elsewhere[:_NAMED_AT_MOST])
+    more = f" and {len(elsewhere) - _NAMED_AT_MOST} more" if len(elsewhere) > _NAMED_AT_MOST else ""
+    return f"{len(elsewhere)} of {len(nodes)} nodes do not run on {expected}: {named}{more}"
+
+
+def _computes(result: Tensor) -> bool:
+    return result.dtype.startswith(("float", "bfloat", "double")) or math.prod(result.shape) > SHAPE_ELEMENTS
+
+
+SHAPE_ELEMENTS = 64
+"""A result with more integers than this is no shape."""
+
+
 def _belongs_to_other(name: str, root: str) -> bool:
     """`a/Gate_2` starts with `a/Gate` but is the second of its kind in the module."""
     rest = name[len(root) :]
@@ -77,10 +109,11 @@ def _implementation(nodes: Sequence[Node]) -> str:
     )
     if own and len(nodes) == 1:
         return f"native:{own[0]}"
+    engine = "trt" if nodes[0].provider == PROVIDERS[Target.TENSORRT] else "ort"
     fused = sorted(types & ATTENTION)
     if fused and not own:
-        return f"ort:{fused[0]}"
-    return "inlined" if len(nodes) > 1 else f"ort:{nodes[0].op_type}"
+        return f"{engine}:{fused[0]}"
+    return "inlined" if len(nodes) > 1 else f"{engine}:{nodes[0].op_type}"
 
 
 def _is_ours(node: Node) -> bool:
@@ -93,12 +126,21 @@ def multiply_adds(node: Node) -> int:
     if not node.outputs or not node.inputs:
         return 0
     result = math.prod(node.outputs[0].shape)
+    if node.op_type in ATTENTION and not _is_ours(node):
+        return 2 * result * _key_length(node)
     if node.op_type in LINEAR:
         return result * _summed(node.inputs[0].shape, node.outputs[0].shape)
     if node.op_type in CONVOLUTIONS:
         weight = next((t for t in node.inputs[1:] if len(t.shape) == len(node.outputs[0].shape)), None)
         return result * math.prod(weight.shape[1:]) if weight is not None else 0
     return 0
+
+
+def _key_length(node: Node) -> int:
+    """Of a fused attention: tokens of the key [batch, tokens, hidden] or [batch, heads, tokens, head_dim], or of packed
+    operands [batch, tokens, heads, 3, head_dim]. Each of both products takes that many for an element of the result."""
+    operand = node.inputs[1] if len(node.inputs) > 1 and len(node.inputs[1].shape) >= 3 else node.inputs[0]
+    return operand.shape[-2] if len(operand.shape) in (3, 4) else operand.shape[1]
 
 
 def _summed(first: tuple[int, ...], result: tuple[int, ...]) -> int:

@@ -26,7 +26,7 @@ class Precision(StrEnum):
 
     `FP16` on an x86 CPU is a storage format: the weights are stored in half precision and computed in FP32,
     since no x86 kernel of ONNX Runtime multiplies in FP16 (receipt: `storage`, with `dtype_share` float32). On a GPU
-    `FP16` and `BF16` are what is computed in, said by the types of the graph; inputs and outputs of the model stay FP32.
+    `FP16` and `BF16` are what is computed in, said by the types of the graph; the model's inputs and outputs stay FP32.
     """
 
     FP32 = "fp32"

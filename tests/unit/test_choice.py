@@ -7,7 +7,7 @@ import pytest
 from attn_deploy.choice import Budget, choose, share_fault
 from attn_deploy.parity import Tolerance
 from attn_deploy.receipt import Accuracy, CandidateEntry, Latency
-from attn_deploy.target import Precision
+from attn_deploy.target import Precision, Target
 
 
 def candidate(
@@ -120,18 +120,40 @@ def test_agreement_is_not_asked_for_without_a_budget() -> None:
 # -- precision -------------------------------------------------------------------------------------------------------
 
 
-def test_int8_means_nine_tenths_of_the_multiply_adds() -> None:
-    assert share_fault(Precision.INT8, {"int8": 0.9, "float32": 0.1}) is None
-    fault = share_fault(Precision.INT8, {"int8": 0.899, "float32": 0.101})
+CPU, CUDA, TENSORRT = Target.ONNXRUNTIME_CPU, Target.ONNXRUNTIME_CUDA, Target.TENSORRT
+
+
+@pytest.mark.parametrize("target", [CPU, CUDA, TENSORRT], ids=str)
+def test_int8_means_nine_tenths_of_the_multiply_adds(target: Target) -> None:
+    assert share_fault(target, Precision.INT8, {"int8": 0.9, "float32": 0.1}) is None
+    fault = share_fault(target, Precision.INT8, {"int8": 0.899, "float32": 0.101})
     assert fault is not None
     assert "only 89.9%" in fault
 
 
 def test_int8_without_any_integer_product_is_a_fault() -> None:
     for shares in ({"float32": 1.0}, {}):
-        assert "0.0%" in str(share_fault(Precision.INT8, shares))
+        assert "0.0%" in str(share_fault(CPU, Precision.INT8, shares))
 
 
-@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16], ids=str)
-def test_other_precisions_ask_for_no_share(precision: Precision) -> None:
-    assert share_fault(precision, {"float32": 1.0}) is None
+@pytest.mark.parametrize("target", [CUDA, TENSORRT], ids=str)
+@pytest.mark.parametrize(("precision", "kind"), [(Precision.FP16, "float16"), (Precision.BF16, "bfloat16")])
+def test_half_precision_on_a_gpu_that_computes_in_fp32_is_a_fault(
+    target: Target, precision: Precision, kind: str
+) -> None:
+    assert share_fault(target, precision, {kind: 0.95, "float32": 0.05}) is None
+    assert f"only 0.0% of the multiply-adds of linear layers and convolutions are in {str(precision).upper()}" == (
+        share_fault(target, precision, {"float32": 1.0})
+    )
+
+
+def test_fp16_on_a_cpu_is_storage_and_fp32_asks_for_nothing() -> None:
+    assert share_fault(CPU, Precision.FP16, {"float32": 1.0}) is None
+    assert share_fault(CUDA, Precision.FP32, {"float32": 1.0}) is None
+
+
+@pytest.mark.parametrize(("precision", "floor_db"), [(Precision.FP16, 45.0), (Precision.BF16, 35.0)])
+def test_half_precision_has_a_floor_that_no_budget_lowers(precision: Precision, floor_db: float) -> None:
+    assert Budget().tolerance(precision).min_sqnr_db == floor_db
+    assert Budget(min_sqnr_db=20.0).tolerance(precision).min_sqnr_db == floor_db
+    assert Budget(min_sqnr_db=50.0).tolerance(precision).min_sqnr_db == 50.0

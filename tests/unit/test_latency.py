@@ -83,6 +83,20 @@ def test_percentiles_and_interval_come_from_the_samples() -> None:
     assert 1.0 <= low < 50.5 < high <= 100.0
 
 
+def test_the_time_of_a_devices_events_is_kept_beside_the_hosts_for_the_systems_that_have_them() -> None:
+    machine = FakeMachine()
+    events = itertools.count(1.0)
+    on_device = machine.system("gpu", 0.010)
+    on_device = System(on_device.name, on_device.call, device_ms=lambda: next(events))
+    measured = machine.measure(on_device, machine.system("cpu", 0.010), rounds=6, calls_per_round=4)
+    assert measured.device_samples_ms["gpu"].shape == (6, 4)
+    device = measured.device_latency("gpu", 1, 2)
+    assert device is not None
+    assert (device.p50_ms, device.runs) == (12.5, 24)  # the first 24 events: warm-up and settling calls are not read
+    assert measured.latency("gpu", 1, 2).p50_ms == pytest.approx(10.0)
+    assert measured.device_latency("cpu", 1, 2) is None
+
+
 def test_each_turn_is_a_pause_then_one_unrecorded_call_then_the_samples() -> None:
     machine = FakeMachine()
     measured = machine.measure(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from attn_deploy.readback import compute_type, dtype_shares, multiply_adds, site_runs
+from attn_deploy.readback import compute_type, dtype_shares, multiply_adds, provider_fault, site_runs
 
 
 @dataclass(frozen=True)
@@ -207,3 +207,53 @@ def test_providers_of_a_site_are_listed_once_each() -> None:
     ]
     (run,) = site_runs([("m", "blk/Gate")], nodes)
     assert run.provider == "CPUExecutionProvider, CUDAExecutionProvider"
+
+
+# -- providers -------------------------------------------------------------------------------------------------------
+
+CUDA = "CUDAExecutionProvider"
+SIZES = Tensor("int64", (4,))
+
+
+def test_arithmetic_on_shapes_may_run_on_the_host() -> None:
+    nodes = [Node("shape", "Gather", (SIZES,), (SIZES,)), Node("fc", "Gemm", (f32(1, 4),), (f32(1, 2),), CUDA)]
+    assert provider_fault(CUDA, nodes) is None
+
+
+@pytest.mark.parametrize(
+    "result", [f32(1, 2), Tensor("float16", (1, 2)), Tensor("bfloat16", (8,)), Tensor("int64", (1, 999))]
+)
+def test_what_computes_elsewhere_is_named(result: Tensor) -> None:
+    nodes = [Node("block.attn/Attention", "Attention", (f32(1, 4),), (result,)), node("Gemm", f32(1, 4), to=f32(1, 2))]
+    fault = provider_fault(CUDA, nodes[:1])
+    assert fault == f"1 of 1 nodes do not run on {CUDA}: block.attn/Attention (Attention on CPUExecutionProvider)"
+
+
+def test_many_nodes_elsewhere_are_counted_and_a_few_named() -> None:
+    nodes = [Node(f"n{i}", "Add", (), (f32(3),)) for i in range(7)]
+    fault = str(provider_fault(CUDA, nodes))
+    assert fault.startswith(f"7 of 7 nodes do not run on {CUDA}: n0 (Add on CPUExecutionProvider), n1 ")
+    assert fault.endswith(" and 3 more")
+
+
+# -- attention as one kernel ----------------------------------------------------------------------------------------
+
+
+def test_the_products_inside_a_fused_attention_are_counted() -> None:
+    query, key = Tensor("float16", (2, 5, 12)), Tensor("float16", (2, 7, 12))
+    fused = Node("a/Attention", "MultiHeadAttention", (query, key, key), (query,), CUDA)
+    assert multiply_adds(fused) == 2 * (2 * 5 * 7 * 12)
+    assert compute_type(fused) == "float16"
+
+
+def test_packed_operands_of_a_fused_attention_are_counted() -> None:
+    packed = Tensor("float16", (2, 5, 3, 3, 4))  # [batch, tokens, heads, 3, head_dim]
+    fused = Node("a/Attention", "MultiHeadAttention", (packed,), (Tensor("float16", (2, 5, 12)),), CUDA)
+    assert multiply_adds(fused) == 2 * (2 * 5 * 5 * 12)
+
+
+def test_a_kernel_of_tensorrt_is_named_so() -> None:
+    nodes = [Node("a/Attention", "fmha", (f32(1, 2),), (f32(1, 2),), "TensorRT")]
+    (run,) = site_runs([("a", "a/Attention")], nodes)
+    assert run.implementation == "trt:fmha"
+    assert run.one_kernel
