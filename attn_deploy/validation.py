@@ -22,6 +22,7 @@ from attn_deploy.data import Part, open_data
 from attn_deploy.errors import BundleError, ParityError, UsageError
 from attn_deploy.extras import require_export
 from attn_deploy.inputs import make_feeds
+from attn_deploy.latency import Measurement
 from attn_deploy.localizing import Localization
 from attn_deploy.manifest import Graph
 from attn_deploy.parity import Case, parity_cases
@@ -116,7 +117,7 @@ def validate(
     entries = tuple(proving.entry(p, measurement, size, threads) for p in proofs)
     return Validation(
         bundle=str(path), reference=against.name, files=len(bundle.manifest.files), candidates=entries,
-        skipped=skipped, promoted=_promote(bundle, receipt, entries), localized=localized,
+        skipped=skipped, promoted=_promote(bundle, receipt, entries, measurement), localized=localized,
     )  # fmt: skip
 
 
@@ -277,13 +278,18 @@ def receipt_sites(receipt: Receipt) -> Sequence[tuple[str, str]]:
     return [(s.module, s.node) for s in receipt.sites if s.node is not None]
 
 
-def _promote(bundle: Bundle, receipt: Receipt, entries: Sequence[CandidateEntry]) -> tuple[str, ...]:
-    """Rows that were `not_run` and passed here are put into receipt and manifest."""
+def _promote(
+    bundle: Bundle, receipt: Receipt, entries: Sequence[CandidateEntry], measurement: Measurement | None
+) -> tuple[str, ...]:
+    """Rows that were `not_run` and passed here are put into receipt and manifest. Only their targets choose anew:
+    what was chosen on another host was measured there."""
     waiting = {c.id for c in receipt.candidates if c.status == "not_run"}
     passed = {e.id: e for e in entries if e.id in waiting and e.status == "passed"}
     if not passed:
         return ()
     rows = tuple(passed.get(c.id, c) for c in receipt.candidates)
-    chosen = choose(rows, lambda a, b: False)
+    targets = {row.target for row in passed.values()}
+    faster = measurement.clearly_faster if measurement is not None else lambda a, b: False
+    chosen = receipt.chosen | choose([e for e in entries if e.target in targets], faster)
     bundle.rewrite(msgspec.structs.replace(receipt, candidates=rows, chosen=chosen), chosen)
     return tuple(passed)

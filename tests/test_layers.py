@@ -33,7 +33,7 @@ LAYERS: list[set[str]] = [
     {"export", "runtimes"},
     {"accuracy", "built", "bundle", "choice", "data", "demo.ablation", "demo.train", "report"},
     {"demo.model", "latency", "manifest", "parity", "readback"},
-    {"demo", "demo.blocks", "environment", "inputs", "nn", "progress"},
+    {"demo", "demo.blocks", "environment", "gpus", "inputs", "nn", "progress"},
     {"memory", "ops", "picture", "preprocess", "receipt", "session", "weight_map"},
     {"extras", "target"},
     {"errors"},

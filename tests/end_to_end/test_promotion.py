@@ -1,0 +1,60 @@
+"""A variant that was written without proof is proven by `validate` on a host that can run it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+
+import attn_deploy
+from attn_deploy.bundle import open_bundle
+from attn_deploy.errors import UnavailableError
+from attn_deploy.validation import validate
+
+
+@pytest.fixture
+def unproven(demo_bundle: Path, tmp_path: Path) -> Path:
+    """The demo as an export with --allow-unproven leaves it on a host that cannot run its target."""
+    path = tmp_path / "unproven.attn"
+    shutil.copytree(demo_bundle, path)
+    bundle = open_bundle(path)
+    receipt = bundle.receipt()
+    rows = tuple(
+        msgspec.structs.replace(c, status="not_run", reason="no such device", parity=None, latency=None, sites=())
+        for c in receipt.candidates
+        if c.id in bundle.manifest.graphs["main"].variants
+    )
+    bundle.rewrite(msgspec.structs.replace(receipt, candidates=rows, chosen={}), {})
+    return path
+
+
+def test_a_bundle_without_a_proven_variant_does_not_open(unproven: Path) -> None:
+    with pytest.raises(UnavailableError):
+        attn_deploy.load(unproven)
+
+
+def test_validate_proves_it_and_the_bundle_says_so_from_there_on(unproven: Path) -> None:
+    found = validate(unproven)
+    bundle = open_bundle(unproven)
+    variants = tuple(bundle.manifest.graphs["main"].variants)
+    assert found.passed
+    assert found.promoted == variants
+    rows = {c.id: c for c in bundle.receipt().candidates}
+    assert [rows[v].status for v in variants] == ["passed"] * len(variants)
+    assert all(rows[v].parity is not None and rows[v].latency is not None and rows[v].sites for v in variants)
+    assert bundle.receipt().chosen == bundle.manifest.chosen == {"onnxruntime-cpu": variants[0]}
+    with attn_deploy.load(unproven) as session:
+        assert session.variant == variants[0]
+    assert validate(unproven).promoted == ()
+
+
+def test_what_another_host_chose_for_its_target_stays(unproven: Path) -> None:
+    bundle = open_bundle(unproven)
+    there = {"tensorrt": "tensorrt-fp16"}
+    bundle.rewrite(msgspec.structs.replace(bundle.receipt(), chosen=there), there)
+    validate(unproven)
+    chosen = open_bundle(unproven).manifest.chosen
+    assert chosen["tensorrt"] == "tensorrt-fp16"
+    assert set(chosen) == {"tensorrt", "onnxruntime-cpu"}
