@@ -7,6 +7,7 @@ import importlib.util
 import msgspec
 
 from attn_deploy import environment, runtimes
+from attn_deploy.gpus import Gpus, nvidia_gpus
 from attn_deploy.runtimes import native
 from attn_deploy.target import Target
 
@@ -42,7 +43,9 @@ _OPTIONAL = (
 def diagnose() -> Diagnosis:
     """Looks at the host; installs and changes nothing."""
     facts = environment.host()
-    checks = [_target(target) for target in Target]
+    gpus = nvidia_gpus()
+    checks = [target_check(target, runtimes.availability(target), gpus) for target in Target]
+    checks.append(Check("NVIDIA GPU", True if gpus else None, gpus.describe() if gpus else "none on this host"))
     checks.append(_native())
     conflict = environment.runtime_conflict()
     if conflict is not None:
@@ -60,11 +63,30 @@ def diagnose() -> Diagnosis:
     )
 
 
-def _target(target: Target) -> Check:
-    reason = runtimes.availability(target)
+_PACKAGES = {
+    Target.ONNXRUNTIME_CPU: ("cpu", ("onnxruntime", "onnxruntime-gpu")),
+    Target.ONNXRUNTIME_CUDA: ("cuda", ("onnxruntime-gpu",)),
+    Target.TENSORRT: ("tensorrt", ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")),
+}
+"""Target -> the extra that brings its runtime, and the distributions that may hold it."""
+
+
+def target_check(target: Target, reason: str | None, gpus: Gpus | None) -> Check:
+    """`reason`: why the target cannot run here, None where it can.
+
+    A target for GPUs is a fault only where there is a GPU and its runtime is installed and yet does not work: without
+    a GPU nothing is missing, and without the runtime the user may not want it.
+    """
+    name = f"target {target}"
     if reason is None:
-        return Check(f"target {target}", True, "can run and prove bundles")
-    return Check(f"target {target}", False, reason, "pip install '.[cpu]'")
+        return Check(name, True, "can run and prove bundles")
+    if target.on_gpu and gpus is None:
+        return Check(name, None, "no NVIDIA GPU on this host: bundles for it can be written with --allow-unproven")
+    extra, distributions = _PACKAGES[target]
+    why, _, command = reason.partition("; next: ")
+    installed = any(environment.installed(d) for d in distributions)
+    broken = installed or not target.on_gpu
+    return Check(name, False if broken else None, why, command or f"pip install '.[{extra}]'")
 
 
 def _native() -> Check:

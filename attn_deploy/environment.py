@@ -30,6 +30,11 @@ DISTRIBUTIONS = (
     "openvino",
     "nncf",
     "tensorrt",
+    "tensorrt-cu12",
+    "tensorrt-cu13",
+    "cuda-core",
+    "cuda-bindings",
+    "nvidia-ml-py",
     "torch",
     "torchvision",
     "onnx",
@@ -89,7 +94,7 @@ def versions() -> dict[str, str]:
     """Installed versions by distribution, without importing any of them; what is absent is left out."""
     found = {"python": platform.python_version()}
     for name in DISTRIBUTIONS:
-        version = _installed(name)
+        version = installed(name)
         if version is not None:
             found[name] = version
     return found
@@ -97,7 +102,7 @@ def versions() -> dict[str, str]:
 
 def runtime_conflict() -> str | None:
     """A message when two flavours of ONNX Runtime are installed: the one installed last overwrote the other's files."""
-    cpu, gpu = _installed("onnxruntime"), _installed("onnxruntime-gpu")
+    cpu, gpu = installed("onnxruntime"), installed("onnxruntime-gpu")
     if cpu is None or gpu is None:
         return None
     return (
@@ -166,7 +171,8 @@ def available_cores(root: Path = ROOT) -> int:
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
-def _installed(distribution: str) -> str | None:
+def installed(distribution: str) -> str | None:
+    """Its version, without importing it; None where it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
