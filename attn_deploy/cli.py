@@ -15,6 +15,7 @@ from rich.console import Console
 
 from attn_deploy.choice import Budget
 from attn_deploy.cli_arguments import batch_sizes, dynamic_dims, fused_sites, source_arguments, split_values
+from attn_deploy.cli_cache import cache
 from attn_deploy.cli_progress import progress_on
 from attn_deploy.errors import AttnDeployError
 from attn_deploy.inputs import parse_input
@@ -28,6 +29,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(cache, name="cache")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else there.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of every session and peer [default: all cores].")]

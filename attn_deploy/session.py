@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -46,7 +46,8 @@ class DimBounds(msgspec.Struct, frozen=True):
 
 
 class Session(Protocol):
-    """An opened model. `run` is safe to call from many threads at once."""
+    """An opened model. `run` is safe to call from many threads at once. Those on a GPU have `run_device` as well, as
+    DeviceSession says."""
 
     @property
     def inputs(self) -> Sequence[TensorSpec]: ...
@@ -57,6 +58,45 @@ class Session(Protocol):
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Array]: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class DeviceSession(Protocol):
+    """A session on a GPU, whose inputs and outputs may stay there."""
+
+    def run_device(self, feeds: Mapping[str, Any], *, stream: Any = None) -> dict[str, Any]:
+        """Feeds (tensors in GPU memory, NumPy arrays, or both) -> outputs in GPU memory, which speak DLPack.
+
+        With `stream`, a handle or a stream of torch, cuda.core or CuPy, the work is put in its order and the call
+        returns at once; without, it returns when the outputs are there.
+        """
+
+
+_CUDA_DEVICES = frozenset({2, 13})
+"""kDLCUDA and kDLCUDAManaged of dlpack.h."""
+
+
+def on_gpu(value: Any) -> bool:
+    """True for a tensor in the memory of an NVIDIA GPU, of whatever library."""
+    if isinstance(value, np.ndarray):
+        return False
+    if hasattr(value, "__dlpack_device__"):
+        return int(value.__dlpack_device__()[0]) in _CUDA_DEVICES
+    return hasattr(value, "__cuda_array_interface__")
+
+
+class _Foreign:
+    """What the checks ask of a tensor in GPU memory: `torch.float32` and `float32` are one dtype."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        try:
+            self.dtype = np.dtype(str(value.dtype).rpartition(".")[2])
+        except TypeError as error:
+            raise FeedError(
+                f"input {name!r} has a dtype that NumPy lacks", got=value.dtype, next_step="pass tensor.float()"
+            ) from error
+        self.shape = tuple(int(size) for size in value.shape)
+        self.ndim = len(self.shape)
 
 
 def as_array(name: str, value: Any) -> Array:
@@ -77,7 +117,8 @@ def as_array(name: str, value: Any) -> Array:
                 f"input {name!r} cannot be read through DLPack",
                 got=f"{type(value).__name__}: {error}",
                 expected="a dense tensor in CPU memory, without grad, of a dtype that NumPy has",
-                next_step="pass tensor.detach().cpu(), with .float() behind it for bfloat16",
+                next_step="pass tensor.detach().cpu(), with .float() behind it for bfloat16; a session on a GPU takes "
+                "it as it is with run_device",
             ) from error
     try:
         return np.asarray(value)
@@ -102,8 +143,11 @@ class FeedChecker:
         self._dtypes = {s.name: np.dtype(s.dtype) for s in specs}
         self._dims = dict(dims)
 
-    def check(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
-        """Feeds as arrays. Raises FeedError: names, dtype, rank, size of a dimension, bound of a dynamic one."""
+    def check(self, feeds: Mapping[str, Any], *, device: bool = False) -> dict[str, Any]:
+        """Feeds as arrays; with `device`, tensors in GPU memory as they are.
+
+        Raises FeedError: names, dtype, rank, size of a dimension, bound of a dynamic one.
+        """
         try:
             known = feeds.keys() == self._names
         except AttributeError:
@@ -115,10 +159,12 @@ class FeedChecker:
             ) from None
         if not known:
             self._raise_names(feeds)
-        arrays: dict[str, Array] = {}
+        arrays: dict[str, Any] = {}
         sizes: dict[str, int] = {}
         for spec in self._specs:
-            array = as_array(spec.name, feeds[spec.name])
+            value = feeds[spec.name]
+            stays = device and on_gpu(value)
+            array: Any = _Foreign(spec.name, value) if stays else as_array(spec.name, value)
             if array.dtype != self._dtypes[spec.name]:
                 raise FeedError(
                     f"input {spec.name!r} has the wrong dtype",
@@ -139,7 +185,7 @@ class FeedChecker:
                         expected=f"{sizes[str(expected)]}, as in the inputs before it",
                         next_step=f"feed every input with the same {expected}",
                     )
-            arrays[spec.name] = array
+            arrays[spec.name] = value if stays else array
         for dim, size in sizes.items():
             bounds = self._dims.get(dim)
             if bounds is not None and (size < bounds.min or (bounds.max is not None and size > bounds.max)):

@@ -26,13 +26,15 @@ FOLDERS = {"attn_deploy": "attn_deploy", "attn_deploy.export": "export", "attn_d
 LAYERS: list[set[str]] = [
     {"cli"},
     {"report.listings"},
-    {"benchmarking", "cli_arguments", "cli_progress", "cli_run", "doctor", "inspection", "validation"},
+    {"benchmarking", "cli_arguments", "cli_cache", "cli_progress", "cli_run", "doctor", "inspection", "validation"},
     {"loading", "pipeline", "run_alone"},
+    {"graph_export"},
+    {"options"},
     {"intent", "verdict"},
-    {"heatmap", "localizing", "proving"},
+    {"heatmap", "localizing", "peers", "proving"},
     {"export", "runtimes"},
     {"accuracy", "built", "bundle", "choice", "data", "demo.ablation", "demo.train", "report"},
-    {"demo.model", "latency", "manifest", "parity", "readback"},
+    {"demo.model", "latency", "manifest", "parity", "readback", "resolutions"},
     {"demo", "demo.blocks", "environment", "gpus", "inputs", "nn", "progress"},
     {"memory", "ops", "picture", "preprocess", "receipt", "session", "weight_map"},
     {"extras", "target"},
@@ -151,7 +153,7 @@ def test_only_the_exporter_imports_networks() -> None:
 
 def test_only_the_command_line_and_its_tables_import_typer_and_rich() -> None:
     users = {m.removeprefix("attn_deploy.") for m in OWN if packages(m) & FOR_THE_TERMINAL}
-    assert users == {"cli", "cli_progress", "report.listings", "report.terminal"}
+    assert users == {"cli", "cli_cache", "cli_progress", "report.listings", "report.terminal"}
 
 
 # -- in a fresh process ----------------------------------------------------------------------------------------------

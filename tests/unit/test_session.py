@@ -233,3 +233,55 @@ def test_an_advised_step_does_help() -> None:
 def test_a_spec_describes_itself_in_one_line() -> None:
     assert TOKENS.describe() == "tokens: int64[batch, length]"
     assert TensorSpec("s", "float32", ()).describe() == "s: float32[]"
+
+
+# -- tensors in GPU memory -------------------------------------------------------------------------------------------
+
+
+class OnGpu:
+    """A tensor as torch shows one in GPU memory, to code that never touches its data."""
+
+    def __init__(self, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+        self.shape = torch.Size(shape)
+        self.dtype = dtype
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (2, 0)
+
+
+IMAGES = FeedChecker((TensorSpec("x", "float32", ("batch", 3, 8, 8)),), {"batch": DimBounds(1, 4)})
+
+
+def test_a_tensor_on_the_gpu_passes_untouched_where_the_session_takes_it() -> None:
+    tensor = OnGpu(2, 3, 8, 8)
+    assert IMAGES.check({"x": tensor}, device=True)["x"] is tensor
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (OnGpu(2, 3, 8, 9), "wrong shape"),
+        (OnGpu(3, 8, 8), "wrong shape"),
+        (OnGpu(5, 3, 8, 8), "out of the bundle's bounds"),
+        (OnGpu(2, 3, 8, 8, dtype=torch.float16), "wrong dtype"),
+        (OnGpu(2, 3, 8, 8, dtype=torch.bfloat16), "a dtype that NumPy lacks"),
+    ],
+)
+def test_a_tensor_on_the_gpu_is_checked_like_any_other(tensor: OnGpu, message: str) -> None:
+    with pytest.raises(FeedError, match=message):
+        IMAGES.check({"x": tensor}, device=True)
+
+
+def test_an_array_of_the_host_may_stand_beside_tensors_on_the_gpu() -> None:
+    array = np.zeros((1, 3, 8, 8), np.float32)
+    assert IMAGES.check({"x": array}, device=True)["x"] is array
+
+
+def test_a_session_on_the_cpu_refuses_a_tensor_on_the_gpu_and_says_what_to_do() -> None:
+    with pytest.raises(FeedError, match=r"detach\(\)\.cpu\(\)"):
+        IMAGES.check({"x": OnGpuWithoutData(1, 3, 8, 8)})
+
+
+class OnGpuWithoutData(OnGpu):
+    def __dlpack__(self, **_request: Any) -> Any:
+        raise BufferError("cannot export to the CPU")
