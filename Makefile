@@ -3,9 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := build/demo.attn
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# The GPU build of ONNX Runtime lies beside the environment: in it, it would overwrite the CPU build. Tests run it upon
+# stand-ins for CUDA, to see which kernels it has and which node it puts where (tests/runtimes/cuda_stand_ins).
+ORT_GPU := $(abspath $(VENV))/onnxruntime-gpu
+ORT_GPU_VERSION := 1.31.1
+PYTEST := OMP_NUM_THREADS=1 ATTN_DEPLOY_ORT_GPU=$(ORT_GPU) $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-all accuracy coverage bench lint format clean
+.PHONY: setup demo test test-all test-gpu accuracy coverage bench bench-gpu lint format clean
 
 setup: $(VENV)/.ready
 
@@ -13,6 +17,9 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	test -d $(ORT_GPU)/onnxruntime_gpu-$(ORT_GPU_VERSION).dist-info || $(BIN)/python -m pip install --quiet --no-deps \
+	  --upgrade --target $(ORT_GPU) onnxruntime-gpu==$(ORT_GPU_VERSION) || \
+	  echo "no onnxruntime-gpu for this platform: tests that need it will skip"
 	touch $@
 
 demo: setup
@@ -24,6 +31,14 @@ test: setup
 
 test-all: setup
 	$(PYTEST) -n 2
+
+# Each of these skips with its reason where there is no NVIDIA GPU.
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+bench-gpu: setup
+	$(BIN)/python bench/gpu.py
+	$(BIN)/python bench/cuda_kernels.py
 
 accuracy: setup
 	$(PYTEST) -m real_data --no-skip

@@ -16,7 +16,8 @@ from attn_deploy.extras import require_export
 from attn_deploy.inputs import ExampleInput, make_feeds
 from attn_deploy.latency import System, measure
 from attn_deploy.progress import Progress, Silent
-from attn_deploy.receipt import Latency
+from attn_deploy.receipt import MAIN, Latency
+from attn_deploy.resolutions import about, require_one_resolution
 from attn_deploy.session import Array, DimBounds
 from attn_deploy.target import Target, nearest
 
@@ -52,24 +53,27 @@ def benchmark(
     threads: int | None = None,
     seconds: float = 30.0,
     inputs: Sequence[ExampleInput] = (),
+    graph: str | None = None,
     progress: Progress | None = None,
 ) -> Benchmark:
     """Times each bundle or source and its peers. `seconds` is the budget for each batch size.
 
-    A source without a bundle is its peers alone. Weights do not change the time, so sources are built without any.
+    A bundle with several graphs is an item for each of them, or for the named one alone. A source without a bundle is
+    its peers alone. Weights do not change the time, so sources are built without any.
     """
     for peer in against:
         if peer not in PEERS:
             raise UsageError("unknown peer", got=peer, expected=nearest(peer, PEERS))
     if not items or any(b < 1 for b in batches):
         raise UsageError("nothing to measure", got=f"{len(items)} items, batches {list(batches)}")
+    require_one_resolution(inputs)
     progress = progress or Silent()
     threads = threads or environment.available_cores()
     facts = environment.host()
     rows: list[BenchRow] = []
     with contextlib.ExitStack() as stack:
         progress.stage("models")
-        opened = [stack.enter_context(_open(item, against, threads, inputs)) for item in items]
+        opened = [one for item in items for one in _open(stack, item, graph, against, threads, inputs)]
         for batch in batches:
             progress.stage(f"batch {batch}")
             rows += _measure(opened, batch, threads, seconds, progress)
@@ -134,24 +138,27 @@ def _measure(opened: Sequence[_Item], batch: int, threads: int, seconds: float, 
     return rows
 
 
-@contextlib.contextmanager
-def _open(item: str, against: Sequence[str], threads: int, inputs: Sequence[ExampleInput]) -> Iterator[_Item]:
-    if (Path(item) / bundles.MANIFEST).is_file():
-        with loading.load(item, threads=threads) as session, contextlib.ExitStack() as stack:
-            graph = loading.graph_of(session.manifest, None)
+def _open(
+    stack: contextlib.ExitStack, item: str, graph: str | None, against: Sequence[str], threads: int,
+    inputs: Sequence[ExampleInput],
+) -> Iterator[_Item]:  # fmt: skip
+    """The graphs of a bundle, or a source, opened for as long as `stack` is."""
+    if (Path(item) / bundles.MANIFEST).is_file() or item.endswith(".attn"):
+        manifest = bundles.open_bundle(item).manifest
+        for name, entry in loading.graphs_of(manifest, graph).items():
+            session = stack.enter_context(loading.load(item, threads=threads, graph=name))
             runs: dict[str, Run] = {session.variant: session.run}
             if against:
-                runs |= _peers(stack, session.manifest.source, against, threads, graph.examples, graph.dims)[1]
-            yield _Item(Path(item).name, graph.examples, graph.dims, runs)
+                with about(name):
+                    runs |= _peers(stack, manifest.source, against, threads, entry.examples, entry.dims)[1]
+            shown = Path(item).name if name == MAIN else f"{Path(item).name} {name}"
+            yield _Item(shown, entry.examples, entry.dims, runs)
         return
-    if item.endswith(".attn"):
-        bundles.open_bundle(item)
+    if not against:
+        raise UsageError("a source has nothing to run but its peers", got=item, next_step="add --against eager")
     dims = {"batch": DimBounds()}
-    with contextlib.ExitStack() as stack:
-        if not against:
-            raise UsageError("a source has nothing to run but its peers", got=item, next_step="add --against eager")
-        examples, peers = _peers(stack, item, against, threads, inputs, dims)
-        yield _Item(item, examples, dims, peers)
+    examples, peers = _peers(stack, item, against, threads, inputs, dims)
+    yield _Item(item, examples, dims, peers)
 
 
 def _peers(

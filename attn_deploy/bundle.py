@@ -217,12 +217,26 @@ class Bundle:
                 "the receipt is not understood", where=str(self.root / RECEIPT), got=str(error)
             ) from error
 
+    def receipts(self) -> dict[str, Receipt]:
+        """The receipt of each graph, by its name."""
+        found = self.receipt().by_graph()
+        missing = self.manifest.graphs.keys() - found.keys()
+        if missing:
+            raise BundleError(
+                "the receipt says nothing of a graph", where=str(self.root / RECEIPT), got=", ".join(found),
+                expected=", ".join(self.manifest.graphs), next_step="copy or export it again",
+            )  # fmt: skip
+        return found
+
     def rewrite(self, receipt: Receipt, chosen: dict[str, str]) -> None:
-        """Replaces receipt and choice. Each file is replaced whole, the manifest last."""
+        """Replaces receipt and choice, of each graph its own. Each file is replaced whole, the manifest last."""
         content = encode(receipt)
         entry = FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
         files = {**self.manifest.files, RECEIPT: entry}
-        manifest = msgspec.structs.replace(self.manifest, files=files, chosen=chosen)
+        graphs = dict(self.manifest.graphs)
+        for name, found in receipt.graphs.items():
+            graphs[name] = msgspec.structs.replace(graphs[name], chosen=found.chosen)
+        manifest = msgspec.structs.replace(self.manifest, files=files, chosen=chosen, graphs=graphs)
         with storage_errors(self.root):
             _replace({self.root / RECEIPT: content, self.root / MANIFEST: encode(manifest)})
         self.manifest = manifest
@@ -269,6 +283,8 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
         manifest = msgspec.json.decode(content, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BundleError("the manifest is not understood", where=str(manifest_path), got=str(error)) from error
+    if not manifest.graphs:
+        raise BundleError("the bundle holds no graph", where=str(manifest_path), next_step="copy or export it again")
     for name in _names(manifest):
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name:
@@ -281,6 +297,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
 
 def _names(manifest: Manifest) -> Iterator[str]:
     yield from manifest.files
+    yield from manifest.graphs
     for graph in manifest.graphs.values():
         for variant in graph.variants.values():
             yield from variant.files

@@ -41,6 +41,17 @@ SourceArgs = Annotated[list[str] | None, typer.Option("--source-arg", help="Argu
 Inputs = Annotated[
     list[str] | None, typer.Option("--input", help="NAME=1x3x224x224[:DTYPE[:BELOW]], when the source does not say.")
 ]
+Resolutions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        help="NAME=1x3x224x224[:DTYPE[:BELOW]], when the source does not say. The same name again: one more resolution "
+        "in the bundle.",
+    ),
+]
+GraphName = Annotated[
+    str | None, typer.Option("--graph", help="The only graph to take, of a bundle with several resolutions.")
+]
 DataOption = Annotated[
     str | None,
     typer.Option("--data", help="Folder of images (class subfolders or flat), .npz, or package.module:function."),
@@ -60,7 +71,7 @@ def export(
     out: Annotated[Path, typer.Option("-o", "--out", help="The bundle to write.")] = Path("model.attn"),
     weights: Weights = None,
     source_arg: SourceArgs = None,
-    input_: Inputs = None,
+    input_: Resolutions = None,
     dynamic: Annotated[
         list[str] | None,
         typer.Option(help="batch or sequence, each perhaps with =MIN:MAX; or none [default: batch]."),
@@ -147,6 +158,7 @@ def inspect(
         str | None, typer.Option(metavar="IMAGE", help="Draw the attention weights on this image, a PNG per site.")
     ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the PNG files.")] = Path("heatmaps"),
+    graph: GraphName = None,
     json: Json = False,
 ) -> None:
     """Show the attention of a source or bundle, and what runs each of it."""
@@ -158,7 +170,7 @@ def inspect(
         found = inspect_item(
             item, weights=weights, arguments=source_arguments(source_arg),
             inputs=[parse_input(t) for t in input_ or ()],
-            drawing=None if heatmap is None else Drawing(heatmap, out),
+            drawing=None if heatmap is None else Drawing(heatmap, out), graph=graph,
         )  # fmt: skip
     if json:
         _print_json(found)
@@ -184,6 +196,7 @@ def validate(
     min_agreement: MinAgreement = None,
     max_drop: MaxDrop = None,
     min_sqnr: MinSqnr = None,
+    graph: GraphName = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -195,7 +208,7 @@ def validate(
         validation = validate_bundle(
             bundle, reference=reference, weights=weights, arguments=source_arguments(source_arg), data=data,
             localize=localize, eval_samples=eval_samples, threads=threads,
-            budget=Budget(min_agreement, max_drop, min_sqnr), progress=progress,
+            budget=Budget(min_agreement, max_drop, min_sqnr), graph=graph, progress=progress,
         )  # fmt: skip
     if json and validation.passed:
         _print_json(validation)
@@ -212,6 +225,7 @@ def bench(
     against: Annotated[str, typer.Option(help="Of eager,compile,onnxruntime,openvino; none.")] = "eager,onnxruntime",
     batch: Annotated[str, typer.Option(help="Batch sizes, for example 1,8.")] = "1",
     input_: Inputs = None,
+    graph: GraphName = None,
     threads: Threads = None,
     seconds: Annotated[float, typer.Option(min=1.0, help="Time budget for each batch size.")] = 30.0,
     csv: Annotated[Path | None, typer.Option(help="Write the rows as CSV.")] = None,
@@ -224,7 +238,8 @@ def bench(
     with progress_on(_err()) as progress:
         result = benchmark(
             items, against=[] if against == "none" else split_values([against]), batches=batch_sizes(batch),
-            threads=threads, seconds=seconds, inputs=[parse_input(t) for t in input_ or ()], progress=progress,
+            threads=threads, seconds=seconds, inputs=[parse_input(t) for t in input_ or ()], graph=graph,
+            progress=progress,
         )  # fmt: skip
     if csv is not None:
         csv.write_text(benchmark_csv(result))
@@ -240,13 +255,14 @@ def run(
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Images, .npy or .npz.")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the outputs to an .npz.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 5,
+    graph: GraphName = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Run a bundle on images or arrays."""
     from attn_deploy.cli_run import run_inputs
 
-    results = run_inputs(bundle, inputs, out=out, top=top, threads=threads)
+    results = run_inputs(bundle, inputs, out=out, top=top, threads=threads, graph=graph)
     if json:
         _print_json(results)
         return

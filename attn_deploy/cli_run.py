@@ -34,7 +34,7 @@ SHOWN_VALUES = 5
 
 
 def run_inputs(
-    bundle: Path, inputs: Sequence[Path], *, out: Path | None, top: int, threads: int | None
+    bundle: Path, inputs: Sequence[Path], *, out: Path | None, top: int, threads: int | None, graph: str | None = None
 ) -> list[RunResult]:
     """Runs the bundle on each file: an image, an .npy (the first input) or an .npz (inputs by name)."""
     for path in inputs:
@@ -42,7 +42,7 @@ def run_inputs(
             raise UsageError("the input file does not exist", got=str(path), expected="an image, .npy or .npz")
     results = []
     saved: dict[str, Array] = {}
-    with load(bundle, threads=threads) as session:
+    with load(bundle, threads=threads, graph=graph) as session:
         for number, path in enumerate(inputs):
             feeds = _feeds(session, path)
             outputs = session.run(feeds)
@@ -57,7 +57,7 @@ def run_inputs(
 
 def _feeds(session: BundleSession, path: Path) -> dict[str, Array]:
     if path.suffix not in (".npy", ".npz"):
-        config = session.manifest.preprocess
+        config = session.preprocess
         images = session.prepare([path])
         return {config.input if config is not None else session.inputs[0].name: images}
     try:
@@ -73,7 +73,7 @@ def _feeds(session: BundleSession, path: Path) -> dict[str, Array]:
 def _predictions(session: BundleSession, feeds: dict[str, Array], top: int) -> tuple[Prediction, ...]:
     """Of the first sample, where an output is class scores and the bundle has labels or an image went in."""
     scores = any(len(o.shape) == 2 for o in session.outputs)
-    if not scores or len(feeds) != 1 or session.manifest.preprocess is None:
+    if not scores or len(feeds) != 1 or session.preprocess is None:
         return ()
     return tuple(session.classify(next(iter(feeds.values())), top=top)[0])
 

@@ -13,14 +13,16 @@ import msgspec
 from attn_deploy import bundle as bundles
 from attn_deploy import loading, runtimes
 from attn_deploy.bundle import Bundle, open_bundle
+from attn_deploy.errors import UsageError
 from attn_deploy.extras import require_export
 from attn_deploy.heatmap import Heatmap, Subject, draw_heatmaps
 from attn_deploy.inputs import ExampleInput, make_feeds
 from attn_deploy.intent import intent_of, site_entries
-from attn_deploy.manifest import Graph
+from attn_deploy.manifest import graph_file
 from attn_deploy.preprocess import load_image
 from attn_deploy.readback import dtype_shares, site_runs
-from attn_deploy.receipt import Intent, SiteEntry, SiteRun
+from attn_deploy.receipt import MAIN, Intent, Receipt, SiteEntry, SiteRun
+from attn_deploy.resolutions import about, require_one_resolution
 from attn_deploy.session import DimBounds, TensorSpec
 from attn_deploy.target import Target
 
@@ -55,6 +57,9 @@ class Inspection(msgspec.Struct, frozen=True):
     intent: Intent | None = None
     """None for a bundle of an attn-deploy that did not record it."""
     heatmaps: tuple[Heatmap, ...] = ()
+    graph: str = MAIN
+    others: tuple[Inspection, ...] = ()
+    """The other graphs of a bundle with several resolutions."""
 
 
 @dataclass(frozen=True)
@@ -67,25 +72,32 @@ class Drawing:
 
 def inspect(
     item: str | os.PathLike[str], *, weights: str | None = None, arguments: dict[str, object] | None = None,
-    inputs: Sequence[ExampleInput] = (), drawing: Drawing | None = None,
+    inputs: Sequence[ExampleInput] = (), drawing: Drawing | None = None, graph: str | None = None,
 ) -> Inspection:  # fmt: skip
     """Looks into a bundle (and opens its variants), or captures a source and recognizes its attention; with `drawing`
-    writes pictures of the weights as well."""
+    writes pictures of the weights as well, of several resolutions of the first. `graph` is the only one to look at."""
     if drawing is not None:
         load_image(drawing.image)  # a wrong path must not be told after the model was captured
     if (Path(item) / bundles.MANIFEST).is_file() or str(item).endswith(".attn"):
-        return _inspect_bundle(Path(item), drawing)
+        bundle = open_bundle(item)
+        receipts = bundle.receipts()
+        found = []
+        for number, name in enumerate(loading.graphs_of(bundle.manifest, graph)):
+            with about(name):
+                found.append(_inspect_graph(bundle, name, receipts[name], drawing if number == 0 else None))
+        return msgspec.structs.replace(found[0], others=tuple(found[1:]))
+    if graph is not None:
+        raise UsageError("--graph names a graph of a bundle", got=f"{graph} of {item}", expected="a bundle")
+    require_one_resolution(inputs)
     return _inspect_source(str(item), weights, arguments or {}, inputs, drawing)
 
 
-def _inspect_bundle(path: Path, drawing: Drawing | None) -> Inspection:
-    bundle = open_bundle(path)
-    graph = loading.graph_of(bundle.manifest, None)
-    receipt = bundle.receipt()
+def _inspect_graph(bundle: Bundle, graph_name: str, receipt: Receipt, drawing: Drawing | None) -> Inspection:
+    graph = bundle.manifest.graphs[graph_name]
     roots = [(s.module, s.node) for s in receipt.sites if s.node is not None]
     batch = graph.dims["batch"].min if "batch" in graph.dims else None
     feeds = make_feeds(graph.examples, batch=batch, seed=31)
-    chosen = set(bundle.manifest.chosen.values())
+    chosen = set(bundle.manifest.chosen_of(graph_name).values())
     variants = []
     for name, variant in graph.variants.items():
         target = Target(variant.target)
@@ -117,19 +129,23 @@ def _inspect_bundle(path: Path, drawing: Drawing | None) -> Inspection:
         )
     heatmaps: tuple[Heatmap, ...] = ()
     if drawing is not None:
-        heatmaps = draw_heatmaps(_subject(bundle, graph, receipt.sites), drawing.image, drawing.out)
+        heatmaps = draw_heatmaps(_subject(bundle, graph_name, receipt.sites), drawing.image, drawing.out)
     return Inspection(
-        bundle.manifest.source, graph.inputs, graph.outputs, receipt.sites, tuple(variants), receipt.intent, heatmaps
-    )
+        bundle.manifest.source, graph.inputs, graph.outputs, receipt.sites, tuple(variants), receipt.intent, heatmaps,
+        graph_name,
+    )  # fmt: skip
 
 
-def _subject(bundle: Bundle, graph: Graph, sites: Sequence[SiteEntry]) -> Subject:
+def _subject(bundle: Bundle, graph_name: str, sites: Sequence[SiteEntry]) -> Subject:
     require_export()
     import onnx_ir as ir
 
-    canonical, portable = (ir.load(bundle.check(name)) for name in (bundles.CANONICAL, bundles.PORTABLE))
+    graph = bundle.manifest.graphs[graph_name]
+    files = (graph_file(graph_name, name) for name in (bundles.CANONICAL, bundles.PORTABLE))
+    canonical, portable = (ir.load(bundle.check(name)) for name in files)
     batch = graph.dims["batch"].min if "batch" in graph.dims else graph.examples[0].shape[0]
-    return Subject(canonical, portable, sites, bundle.manifest.preprocess, graph.examples, batch)
+    preprocess = bundle.manifest.preprocess_of(graph_name)
+    return Subject(canonical, portable, sites, preprocess, graph.examples, batch)
 
 
 def _count(names: Iterable[str]) -> dict[str, int]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
 
 from attn_deploy import runtimes
 from attn_deploy.bundle import Bundle, open_bundle
+from attn_deploy.dispatch import Dispatcher, require_device
 from attn_deploy.errors import FeedError, UnavailableError, UsageError
 from attn_deploy.manifest import Graph, Manifest
-from attn_deploy.preprocess import is_image_like, prepare_batch
+from attn_deploy.preprocess import Preprocess, is_image_like, prepare_batch
 from attn_deploy.session import Array, FeedChecker, Session, TensorSpec
 from attn_deploy.target import Target, nearest, parse_target
 
@@ -27,6 +29,30 @@ class Prediction(msgspec.Struct, frozen=True):
     score: float
 
 
+class _Runner(Protocol):
+    """Feeds as a caller gives them, to be checked -> outputs."""
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Array]: ...
+
+    def run_device(self, feeds: Mapping[str, Any], *, stream: Any = None) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
+class _OneGraph:
+    def __init__(self, graph: Graph, session: Session) -> None:
+        self._checker = FeedChecker(graph.inputs, graph.dims)
+        self._session = session
+        self.close = session.close
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
+        return self._session.run(self._checker.check(feeds))
+
+    def run_device(self, feeds: Mapping[str, Any], *, stream: Any = None) -> dict[str, Any]:
+        session = require_device(self._session)
+        return session.run_device(self._checker.check(feeds, device=True), stream=stream)
+
+
 class BundleSession:
     """A model ready to run. Safe to call from many threads at once; a context manager that frees the model.
 
@@ -34,22 +60,29 @@ class BundleSession:
         scores = session(["cat.jpg", "dog.jpg"])        # images, prepared as the bundle says
         scores = session(batch)                         # or the input itself, float32 [batch, 3, 224, 224]
         outputs = session.run({"x": batch})             # or inputs and outputs by name
+
+    `graph` and `variant` are what it runs. Of a bundle with several resolutions that was loaded without naming one,
+    they are the first resolution's, for which images are prepared; arrays run on the graph of their sizes.
     """
 
-    def __init__(self, session: Session, bundle: Bundle, graph: Graph, variant: str) -> None:
-        self._session = session
-        self._graph = graph
-        self._checker = FeedChecker(graph.inputs, graph.dims)
-        self.manifest: Manifest = bundle.manifest
+    def __init__(self, runner: _Runner, manifest: Manifest, graph: str, variant: str) -> None:
+        self._runner = runner
+        self.manifest = manifest
+        self.graph = graph
         self.variant = variant
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._graph.inputs
+        return self.manifest.graphs[self.graph].inputs
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._graph.outputs
+        return self.manifest.graphs[self.graph].outputs
+
+    @property
+    def preprocess(self) -> Preprocess | None:
+        """How images are prepared, where the bundle says it."""
+        return self.manifest.preprocess_of(self.graph)
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
         """Feeds by input name -> outputs by output name.
@@ -57,7 +90,15 @@ class BundleSession:
         Takes NumPy arrays, and CPU tensors that speak DLPack (torch, JAX, CuPy on the host) without a copy.
         Raises FeedError: a wrong name, dtype or shape, or a batch beyond the bundle's bound.
         """
-        return self._session.run(self._checker.check(feeds))
+        return self._runner.run(feeds)
+
+    def run_device(self, feeds: Mapping[str, Any], *, stream: Any = None) -> dict[str, Any]:
+        """Feeds by input name, in GPU memory (torch, CuPy, whatever speaks DLPack) or as arrays -> outputs in GPU
+        memory, which speak DLPack. With a `stream`, a handle or a stream of torch, the call returns at once.
+
+        Raises FeedError as `run` does, UsageError where the variant does not run on a GPU.
+        """
+        return self._runner.run_device(feeds, stream=stream)
 
     def __call__(self, *values: Any) -> Any:
         """Inputs in the order of `inputs`, or images -> the output, or a dict when there are several outputs.
@@ -70,7 +111,7 @@ class BundleSession:
 
     def prepare(self, images: Any) -> Array:
         """Images -> the model's input [batch, channels, height, width] float32."""
-        config = self.manifest.preprocess
+        config = self.preprocess
         if config is None:
             raise UsageError(
                 "the bundle does not say how images are prepared",
@@ -93,7 +134,7 @@ class BundleSession:
         ]
 
     def close(self) -> None:
-        self._session.close()
+        self._runner.close()
 
     def __enter__(self) -> BundleSession:
         return self
@@ -105,7 +146,7 @@ class BundleSession:
 
     def _feeds(self, values: Sequence[Any]) -> dict[str, Any]:
         if len(values) == 1 and is_image_like(values[0]) and not _is_input(values[0], self.inputs[0]):
-            config = self.manifest.preprocess
+            config = self.preprocess
             name = config.input if config is not None else self.inputs[0].name
             return {name: self.prepare(values[0])}
         if len(values) != len(self.inputs):
@@ -137,60 +178,70 @@ def load(
 ) -> BundleSession:
     """Opens the variant of a bundle that was chosen for this host.
 
-    `threads` None leaves the number to the runtime. `target` and `variant` override the choice; `graph` is needed only
-    where a bundle has several. Raises BundleError for a damaged or newer bundle, UnavailableError when no variant can
-    run here.
+    `threads` None leaves the number to the runtime. `target` and `variant` override the choice. A bundle with several
+    resolutions runs each feed on the graph of its sizes, which is opened by the first feed that needs it; `graph` opens
+    one of them alone. Raises BundleError for a damaged or newer bundle, UnavailableError when no variant can run here.
     """
     if threads is not None and threads < 1:
         raise UsageError("threads must be at least 1", got=threads)
     bundle = open_bundle(path)
     manifest = bundle.manifest
-    entry = graph_of(manifest, graph)
-    name = variant or _chosen(manifest, entry, target)
-    if name not in entry.variants:
-        raise UsageError("the bundle has no such variant", got=name, expected=nearest(name, entry.variants))
-    lowered = entry.variants[name]
+    graphs = graphs_of(manifest, graph)
+    variants = {name: variant or _chosen(manifest, name, target) for name in graphs}
+    for name, chosen in variants.items():
+        if chosen not in graphs[name].variants:
+            raise UsageError(
+                "the bundle has no such variant", got=chosen, expected=nearest(chosen, graphs[name].variants)
+            )
+    opened = functools.partial(_open, bundle, variants, threads)
+    first = next(iter(graphs))
+    runner = Dispatcher(graphs, opened) if len(graphs) > 1 else _OneGraph(graphs[first], opened(first))
+    return BundleSession(runner, manifest, first, variants[first])
+
+
+def _open(bundle: Bundle, variants: Mapping[str, str], threads: int | None, name: str) -> Session:
+    """The session of a graph's variant. Its files are checked here."""
+    graph = bundle.manifest.graphs[name]
+    lowered = graph.variants[variants[name]]
     model_name, *others = lowered.files
     for other in others:
         bundle.check(other)
     model = bundle.check(model_name) if others else bundle.read(model_name)
-    session = runtimes.open_session(
+    return runtimes.open_session(
         Target(lowered.target),
         model,
-        inputs=entry.inputs,
-        outputs=entry.outputs,
+        inputs=graph.inputs,
+        outputs=graph.outputs,
         threads=threads,
         library=lowered.library is not None,
         options=lowered.options,
     )
-    return BundleSession(session, bundle, entry, name)
 
 
-def graph_of(manifest: Manifest, name: str | None) -> Graph:
-    """The named graph; without a name the only one. Raises UsageError when that is not clear."""
-    if name is None and len(manifest.graphs) == 1:
-        return next(iter(manifest.graphs.values()))
-    if name is None or name not in manifest.graphs:
-        raise UsageError("which graph of the bundle?", got=name, expected=", ".join(manifest.graphs))
-    return manifest.graphs[name]
+def graphs_of(manifest: Manifest, name: str | None) -> dict[str, Graph]:
+    """All graphs, or the named one alone. Raises UsageError when there is no such graph."""
+    if name is None:
+        return dict(manifest.graphs)
+    if name not in manifest.graphs:
+        raise UsageError("the bundle has no such graph", got=name, expected=", ".join(manifest.graphs))
+    return {name: manifest.graphs[name]}
 
 
-def _chosen(manifest: Manifest, graph: Graph, target: str | None) -> str:
-    """The chosen variant of the given target, or of the first target that this host can run."""
-    wanted = [parse_target(target)] if target is not None else [Target(t) for t in manifest.chosen if t in set(Target)]
+def _chosen(manifest: Manifest, graph: str, target: str | None) -> str:
+    """The graph's chosen variant of the given target, or of the first target that this host can run."""
+    chosen = manifest.chosen_of(graph)
+    wanted = [parse_target(target)] if target is not None else [Target(t) for t in chosen if t in set(Target)]
     reasons = []
     for candidate in wanted:
-        if candidate not in manifest.chosen:
-            raise UsageError(
-                "the bundle has no variant for this target", got=candidate, expected=", ".join(manifest.chosen)
-            )
+        if candidate not in chosen:
+            raise UsageError("the bundle has no variant for this target", got=candidate, expected=", ".join(chosen))
         reason = runtimes.availability(candidate)
         if reason is None:
-            return manifest.chosen[candidate]
+            return chosen[candidate]
         reasons.append(f"{candidate}: {reason}")
     raise UnavailableError(
         "no variant of the bundle can run here",
-        got="; ".join(reasons) or "a bundle for " + ", ".join(manifest.chosen),
-        expected="one of: " + ", ".join(manifest.chosen),
+        got="; ".join(reasons) or "a bundle for " + ", ".join(chosen),
+        expected="one of: " + ", ".join(chosen),
         next_step="attn-deploy doctor",
     )

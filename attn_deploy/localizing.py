@@ -24,7 +24,7 @@ from attn_deploy.bundle import CANONICAL, PORTABLE
 from attn_deploy.extras import require_export
 from attn_deploy.inputs import feeds_batch
 from attn_deploy.parity import EXACT_DB, FP32_MIN_SQNR_DB, Case, Moments, sqnr_db
-from attn_deploy.receipt import CaseParity, Fidelity
+from attn_deploy.receipt import MAIN, CaseParity, Fidelity
 from attn_deploy.session import Array
 from attn_deploy.target import Precision, Target
 
@@ -85,6 +85,7 @@ class Localization(msgspec.Struct, frozen=True):
     """Those with the least margin, `first` left out."""
     reference_sqnr_db: float | None = None
     """The reference's ONNX, which the blocks are compared with, against its source in PyTorch (None: not at hand)."""
+    graph: str = MAIN
 
     def verdict(self) -> str:
         """Where the fault is, in a sentence."""

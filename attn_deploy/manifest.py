@@ -6,6 +6,7 @@ import msgspec
 
 from attn_deploy.inputs import ExampleInput
 from attn_deploy.preprocess import Preprocess
+from attn_deploy.receipt import MAIN
 from attn_deploy.session import DimBounds, TensorSpec
 
 SCHEMA_VERSION = 1
@@ -30,10 +31,11 @@ class Variant(msgspec.Struct, frozen=True):
     options: dict[str, str] = {}
 
 
-class Graph(msgspec.Struct, frozen=True):
+class Graph(msgspec.Struct, frozen=True, omit_defaults=True):
     """One entry point: its inputs and outputs with named dimensions, and the variants that compute it by id.
 
-    `examples` say how inputs to try it with are made: `validate` and `bench` need no source for that.
+    `examples` say how inputs to try it with are made: `validate` and `bench` need no source for that. `chosen` and
+    `preprocess` are its own where a bundle has several graphs; None: those of the manifest.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -41,9 +43,13 @@ class Graph(msgspec.Struct, frozen=True):
     dims: dict[str, DimBounds]
     variants: dict[str, Variant]
     examples: tuple[ExampleInput, ...] = ()
+    chosen: dict[str, str] | None = None
+    preprocess: Preprocess | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True):
+    """`chosen` (target -> variant) and `preprocess` are the first graph's where there are several."""
+
     schema_version: int
     name: str
     source: str
@@ -53,3 +59,17 @@ class Manifest(msgspec.Struct, frozen=True):
     chosen: dict[str, str]
     requirements: dict[str, str]
     files: dict[str, FileEntry]
+
+    def chosen_of(self, graph: str) -> dict[str, str]:
+        """Target -> the variant that was chosen for this graph."""
+        own = self.graphs[graph].chosen
+        return self.chosen if own is None else own
+
+    def preprocess_of(self, graph: str) -> Preprocess | None:
+        """How an image becomes the input of this graph."""
+        return self.graphs[graph].preprocess or self.preprocess
+
+
+def graph_file(graph: str, file: str) -> str:
+    """The bundle-relative name of a file that every graph has: a bundle's only graph has no folder of its own."""
+    return file if graph == MAIN else f"{graph}/{file}"

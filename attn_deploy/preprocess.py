@@ -137,6 +137,17 @@ def validate_preprocess(config: Preprocess, channels: int | str, height: int | s
             )
 
 
+def at_size(config: Preprocess, height: int, width: int) -> Preprocess:
+    """The same preparation for an input of another size: `resize` keeps its ratio to the crop."""
+    ratios = (height / config.crop[0], width / config.crop[1])
+    resize = config.resize
+    if isinstance(resize, int):
+        resize = round(resize * min(height, width) / min(config.crop))
+    elif resize is not None:
+        resize = (round(resize[0] * ratios[0]), round(resize[1] * ratios[1]))
+    return msgspec.structs.replace(config, crop=(height, width), resize=resize)
+
+
 def is_image_like(value: object) -> bool:
     """Whether `load_image` takes this kind of value, or each item of a list or tuple; files are not looked at."""
     if isinstance(value, list | tuple):

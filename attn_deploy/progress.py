@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from attn_deploy.receipt import MAIN
+
 
 class Progress(Protocol):
     """`total` 0 means unknown."""
@@ -23,3 +25,20 @@ class Silent:
 
     def step(self, done: int, total: int) -> None:
         return None
+
+
+class _OfGraph:
+    """Names the graph that a stage is about."""
+
+    def __init__(self, progress: Progress, graph: str) -> None:
+        self._progress = progress
+        self._graph = graph
+        self.step = progress.step
+
+    def stage(self, name: str) -> None:
+        self._progress.stage(f"{self._graph}: {name}")
+
+
+def of_graph(progress: Progress, graph: str) -> Progress:
+    """The progress of one graph among several; that of a bundle's only graph as it is."""
+    return progress if graph == MAIN else _OfGraph(progress, graph)

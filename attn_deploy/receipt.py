@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 SCHEMA_VERSION = 1
+
+MAIN = "main"
+"""The graph of a bundle that has only one."""
 
 
 class SiteEntry(msgspec.Struct, frozen=True):
@@ -21,6 +26,7 @@ class SiteEntry(msgspec.Struct, frozen=True):
     bytes: int
     node: str | None = None
     """The operator's node in canonical.onnx: the root of every name that it is lowered to."""
+    graph: str = MAIN
 
 
 class SiteRun(msgspec.Struct, frozen=True):
@@ -132,6 +138,8 @@ class Memory(msgspec.Struct, frozen=True):
 
 
 class CandidateEntry(msgspec.Struct, frozen=True):
+    """One candidate. `id` names it within its graph: every graph has candidates of the same ids."""
+
     id: str
     target: str
     precision: str
@@ -152,6 +160,7 @@ class CandidateEntry(msgspec.Struct, frozen=True):
     accuracy: Accuracy | None = None
     latency: Latency | None = None
     memory: Memory | None = None
+    graph: str = MAIN
 
 
 class DataEntry(msgspec.Struct, frozen=True):
@@ -180,9 +189,22 @@ class Peer(msgspec.Struct, frozen=True):
     ratio_ci95: tuple[float, float]
     verdict: str
     """faster | slower | no difference: of the chosen candidate, against this peer."""
+    against: str | None = None
+    """The chosen candidate that shared its run."""
+    graph: str = MAIN
+
+
+class GraphChoice(msgspec.Struct, frozen=True):
+    """What a receipt of several graphs says of one of them, besides its rows."""
+
+    chosen: dict[str, str]
+    intent: Intent | None = None
 
 
 class Receipt(msgspec.Struct, frozen=True):
+    """Of several graphs, the rows of all stand together and name theirs; `graphs` has what there is once for each, and
+    `chosen` and `intent` are the first graph's. Of one graph, `graphs` is empty."""
+
     schema_version: int
     source: str
     weights: str
@@ -197,3 +219,37 @@ class Receipt(msgspec.Struct, frozen=True):
     chosen: dict[str, str]
     warnings: tuple[str, ...] = ()
     intent: Intent | None = None
+    graphs: dict[str, GraphChoice] = {}
+
+    def by_graph(self) -> dict[str, Receipt]:
+        """A receipt for each graph, as if the bundle held no other."""
+        if not self.graphs:
+            return {MAIN: self}
+        return {
+            name: msgspec.structs.replace(
+                self,
+                sites=tuple(s for s in self.sites if s.graph == name),
+                candidates=tuple(c for c in self.candidates if c.graph == name),
+                peers=tuple(p for p in self.peers if p.graph == name),
+                chosen=found.chosen,
+                intent=found.intent,
+                graphs={},
+            )
+            for name, found in self.graphs.items()
+        }
+
+
+def merged(receipts: Mapping[str, Receipt]) -> Receipt:
+    """One receipt of a bundle's graphs, by name in their order: the inverse of `by_graph`."""
+    if list(receipts) == [MAIN]:
+        return receipts[MAIN]
+    first, graphs = next(iter(receipts.values())), receipts.items()
+    replace = msgspec.structs.replace
+    return replace(
+        first,
+        sites=tuple(replace(s, graph=name) for name, receipt in graphs for s in receipt.sites),
+        candidates=tuple(replace(c, graph=name) for name, receipt in graphs for c in receipt.candidates),
+        peers=tuple(replace(p, graph=name) for name, receipt in graphs for p in receipt.peers),
+        warnings=tuple(dict.fromkeys(w for receipt in receipts.values() for w in receipt.warnings)),
+        graphs={name: GraphChoice(receipt.chosen, receipt.intent) for name, receipt in graphs},
+    )

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
-from attn_deploy import bundle as bundles
 from attn_deploy import environment, loading, localizing, proving, runtimes
-from attn_deploy.accuracy import Run, scores_output
+from attn_deploy.accuracy import scores_output
 from attn_deploy.built import Built
 from attn_deploy.bundle import Bundle, open_bundle
 from attn_deploy.choice import Budget, choose
 from attn_deploy.data import Part, open_data
-from attn_deploy.errors import BundleError, ParityError, UsageError
-from attn_deploy.extras import require_export
+from attn_deploy.errors import BundleError, ParityError
 from attn_deploy.inputs import make_feeds
 from attn_deploy.latency import Measurement
 from attn_deploy.localizing import Localization
-from attn_deploy.manifest import Graph
+from attn_deploy.manifest import Graph, graph_file
 from attn_deploy.parity import Case, parity_cases
-from attn_deploy.progress import Progress, Silent
+from attn_deploy.progress import Progress, Silent, of_graph
 from attn_deploy.proving import Proof
-from attn_deploy.receipt import CandidateEntry, Receipt
+from attn_deploy.receipt import CandidateEntry, Receipt, merged
+from attn_deploy.reference import Reference, SourceOfReference, references
+from attn_deploy.resolutions import about
 from attn_deploy.session import Array
 from attn_deploy.target import Precision, Target
-
-if TYPE_CHECKING:
-    from attn_deploy.export.capture import CapturedModel
 
 EVAL_SAMPLES = 200
 DATA_BATCH = 8
@@ -71,54 +67,127 @@ def validate(
     budget: Budget | None = None,
     eval_samples: int = EVAL_SAMPLES,
     threads: int | None = None,
+    graph: str | None = None,
     progress: Progress | None = None,
 ) -> Validation:
     """Checks every file of the bundle, then each variant against `reference`: a source (`weights` and `arguments` are
     its own), another bundle, or by default the bundle's own portable FP32 model. `localize` compares each block of
-    each variant alone as well. Raises BundleError for a damaged bundle; a candidate that fails is a row."""
+    each variant alone as well; `graph` is the only one to try of several. Raises BundleError for a damaged bundle; a
+    candidate that fails is a row."""
     progress = progress or Silent()
     progress.stage("files")
     bundle = open_bundle(path)
     bundle.check_all()
-    graph = loading.graph_of(bundle.manifest, None)
-    receipt = bundle.receipt()
+    graphs = loading.graphs_of(bundle.manifest, graph)
+    receipts = bundle.receipts()
     threads = threads or environment.available_cores()
-    against = _reference(bundle, graph, reference, weights, arguments or {}, threads)
-    proofs, skipped = _open(bundle, graph, receipt, threads)
-    budget = budget or Budget()
-    progress.stage("parity")
-    cases = parity_cases(graph.examples, graph.dims)
-    references = [_run_reference(against.run, case.feeds, graph) for case in cases]
-    for proof in proofs:
-        tolerance = budget.tolerance(proof.built.precision)
-        proving.check_parity(proof, cases, references, tolerance, has_data=data is not None)
-        if data is None and reference is None:
-            _judge_by_receipt(proof, receipt)
-        proving.read_back(proof, cases[0].feeds)
-    real: Callable[[], Mapping[str, Array]] | None = None
-    if data is not None:
+    given = SourceOfReference(reference, weights, arguments or {})
+    asked = _Asked(given, data, localize, budget or Budget(), eval_samples, threads)
+    open_reference = references(bundle, given, threads)
+    found: dict[str, _Validated] = {}
+    for name in graphs:
+        with about(name):
+            validating = _GraphValidation(bundle, name, receipts[name], open_reference(name), asked)
+            found[name] = validating.run(of_graph(progress, name))
+    return Validation(
+        bundle=str(path),
+        reference=next(iter(found.values())).reference,
+        files=len(bundle.manifest.files),
+        candidates=tuple(replace(e, graph=name) for name, of in found.items() for e in of.entries),
+        skipped={graph_file(name, v): reason for name, of in found.items() for v, reason in of.skipped.items()},
+        promoted=_promote(bundle, receipts, found),
+        localized=tuple(replace(place, graph=name) for name, of in found.items() for place in of.localized),
+    )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is checked of every graph."""
+
+    reference: SourceOfReference
+    data: str | None
+    localize: bool
+    budget: Budget
+    eval_samples: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class _Validated:
+    """What was seen of one graph."""
+
+    reference: str
+    entries: tuple[CandidateEntry, ...]
+    skipped: dict[str, str]
+    measurement: Measurement | None
+    localized: tuple[Localization, ...]
+
+
+class _GraphValidation:
+    """One graph of the bundle with its own receipt and reference."""
+
+    def __init__(self, bundle: Bundle, name: str, receipt: Receipt, against: Reference, asked: _Asked) -> None:
+        self.bundle = bundle
+        self.name = name
+        self.graph = bundle.manifest.graphs[name]
+        self.receipt = receipt
+        self.against = against
+        self.asked = asked
+
+    def run(self, progress: Progress) -> _Validated:
+        """Parity, accuracy where there is data, blocks where asked, and latency of every variant that runs here."""
+        graph, asked, against = self.graph, self.asked, self.against
+        proofs, skipped = _open(self.bundle, graph, self.receipt, asked.threads)
+        progress.stage("parity")
+        cases = parity_cases(graph.examples, graph.dims)
+        expected = [against.outputs(case.feeds, graph) for case in cases]
+        for proof in proofs:
+            tolerance = asked.budget.tolerance(proof.built.precision)
+            proving.check_parity(proof, cases, expected, tolerance, has_data=asked.data is not None)
+            if asked.data is None and asked.reference.text is None:
+                _judge_by_receipt(proof, self.receipt)
+            proving.read_back(proof, cases[0].feeds)
+        real = None if asked.data is None else self._judge(asked.data, proofs, progress)
+        localized = self._localize(proofs, cases, real, progress) if asked.localize else ()
+        progress.stage("latency")
+        batch = graph.dims["batch"].min if "batch" in graph.dims else None
+        feeds = make_feeds(graph.examples, batch=batch, seed=31)
+        measurement = proving.measure_latency(proofs, (), feeds, max_total_s=LATENCY_BUDGET_S, progress=progress.step)
+        size = next(iter(feeds.values())).shape[0]
+        entries = tuple(proving.entry(p, measurement, size, asked.threads) for p in proofs)
+        return _Validated(against.name, entries, skipped, measurement, localized)
+
+    def _judge(self, data: str, proofs: Sequence[Proof], progress: Progress) -> Callable[[], Mapping[str, Array]]:
+        """Accuracy on the judged part of the data; gives a function that reads its first batch."""
         progress.stage("accuracy")
+        graph, asked, manifest = self.graph, self.asked, self.bundle.manifest
         dataset = open_data(
-            data, inputs=graph.inputs, preprocess=bundle.manifest.preprocess, labels=bundle.manifest.labels
+            data, inputs=graph.inputs, preprocess=manifest.preprocess_of(self.name), labels=manifest.labels
         )
-        split = dataset.split(receipt.data.calibration_asked, eval_samples, receipt.data.seed)
+        split = dataset.split(self.receipt.data.calibration_asked, asked.eval_samples, self.receipt.data.seed)
         scores = scores_output({o.name: o.shape for o in graph.outputs})
         total = split.judgement.size or 0
         proving.check_accuracy(
-            proofs, split.judgement, DATA_BATCH, against.run, scores, budget, lambda done: progress.step(done, total)
-        )
-        real = functools.partial(_first_feeds, split.judgement)
-    localized = _localize(bundle, proofs, against, cases, real, budget, threads, progress) if localize else ()
-    progress.stage("latency")
-    batch = graph.dims["batch"].min if "batch" in graph.dims else None
-    feeds = make_feeds(graph.examples, batch=batch, seed=31)
-    measurement = proving.measure_latency(proofs, (), feeds, max_total_s=LATENCY_BUDGET_S, progress=progress.step)
-    size = next(iter(feeds.values())).shape[0]
-    entries = tuple(proving.entry(p, measurement, size, threads) for p in proofs)
-    return Validation(
-        bundle=str(path), reference=against.name, files=len(bundle.manifest.files), candidates=entries,
-        skipped=skipped, promoted=_promote(bundle, receipt, entries, measurement), localized=localized,
-    )  # fmt: skip
+            proofs, split.judgement, DATA_BATCH, self.against.run, scores, asked.budget,
+            lambda done: progress.step(done, total),
+        )  # fmt: skip
+        return functools.partial(_first_feeds, split.judgement)
+
+    def _localize(
+        self, proofs: Sequence[Proof], cases: Sequence[Case], real: Callable[[], Mapping[str, Array]] | None,
+        progress: Progress,
+    ) -> tuple[Localization, ...]:  # fmt: skip
+        progress.stage("blocks")
+        against, asked = self.against, self.asked
+        graphs = against.graphs()
+        found = []
+        for done, proof in enumerate(proofs):
+            progress.step(done, len(proofs))
+            case = localizing.telling_case(proof.cases, cases, real)
+            probe = localizing.Probe(case.name, case.feeds, against.run(case.feeds) if against.eager else {})
+            floor = asked.budget.tolerance(Precision.INT8).min_sqnr_db
+            found.append(localizing.localize(proof.built, graphs, probe, threads=asked.threads, int8_min_sqnr_db=floor))
+        return tuple(found)
 
 
 LOSS_DB = 3.0
@@ -136,7 +205,7 @@ def _judge_by_receipt(proof: Proof, receipt: Receipt) -> None:
     for number, case in enumerate(proof.cases):
         floor = recorded.get((case.name, case.output), 0.0) - LOSS_DB
         passed = case.sqnr_db >= floor
-        proof.cases[number] = msgspec.structs.replace(case, judged=True, passed=passed)
+        proof.cases[number] = replace(case, judged=True, passed=passed)
         if not passed:
             proof.fault = (
                 f"output {case.output!r} on {case.name}: {case.sqnr_db:.1f} dB, receipt {floor + LOSS_DB:.1f} dB"
@@ -146,16 +215,16 @@ def _judge_by_receipt(proof: Proof, receipt: Receipt) -> None:
 def require_passed(validation: Validation) -> None:
     """Raises ParityError naming the first variant that failed, and where it went wrong if that was looked for;
     BundleError when there was none to try. The error carries the validation as its attribute `validation`."""
-    places = {p.variant: p for p in validation.localized}
+    places = {(p.graph, p.variant): p for p in validation.localized}
     for candidate in validation.candidates:
-        place = places.get(candidate.id)
+        place = places.get((candidate.graph, candidate.id))
         broken = place is not None and place.first is not None
         if candidate.status == "passed" and not broken:
             continue
         what = "is not the same model as" if candidate.status != "passed" else "has a block that differs from"
         again = "export it again from its source"
         error = ParityError(
-            f"the variant {candidate.id} {what} {validation.reference}",
+            f"the variant {graph_file(candidate.graph, candidate.id)} {what} {validation.reference}",
             where=validation.bundle if place is None else f"{validation.bundle}, {place.verdict()}",
             got=candidate.reason or f"{place.out_of_tolerance if place else 0} blocks out of tolerance",
             next_step=again if place is not None else f"name the module with --localize, or {again}",
@@ -166,86 +235,8 @@ def require_passed(validation: Validation) -> None:
         raise BundleError("no variant of the bundle can run here", where=validation.bundle, got=validation.skipped)
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """What the variants are compared with, whole; `graphs` gives it as ONNX for comparing block by block. `eager`
-    says that `run` is PyTorch."""
-
-    run: Run
-    name: str
-    graphs: Callable[[], localizing.Graphs]
-    eager: bool = False
-
-
-def _reference(
-    bundle: Bundle, graph: Graph, text: str | None, weights: str | None, arguments: Mapping[str, Any], threads: int
-) -> _Reference:
-    if text is None:
-        model = bundle.check(bundles.PORTABLE)
-        session = runtimes.open_session(
-            Target.ONNXRUNTIME_CPU, model, inputs=graph.inputs, outputs=graph.outputs, threads=threads
-        )
-        return _Reference(session.run, "its own portable FP32 model", lambda: localizing.own_graphs(bundle.root))
-    if (Path(text) / bundles.MANIFEST).is_file():
-        other = open_bundle(text)
-        return _Reference(
-            loading.load(text, threads=threads).run,
-            text,
-            lambda: _graphs_of_bundle(bundle, other.check(bundles.PORTABLE)),
-        )
-    require_export()
-    from attn_deploy.export.capture import capture
-    from attn_deploy.export.sources import SourceRequest, load_source
-
-    source = load_source(text, SourceRequest("", weights, arguments, graph.examples))
-    captured = capture(source, graph.dims)
-    name = f"{source.description} ({source.weights})"
-    return _Reference(captured.reference, name, lambda: _graphs_of_source(bundle, captured, name), eager=True)
-
-
-def _graphs_of_bundle(bundle: Bundle, portable: Path) -> localizing.Graphs:
-    import onnx_ir as ir
-
-    own = localizing.own_graphs(bundle.root)
-    return dataclasses.replace(own, reference=ir.load(portable), reference_name=str(portable))
-
-
-def _graphs_of_source(bundle: Bundle, captured: CapturedModel, name: str) -> localizing.Graphs:
-    from attn_deploy.export.recognize import recognize
-    from attn_deploy.export.rewrite import rewrite
-    from attn_deploy.export.to_onnx import portable, to_onnx
-
-    canonical = to_onnx(rewrite(captured, recognize(captured)))
-    own = localizing.own_graphs(bundle.root)
-    return dataclasses.replace(own, reference=portable(canonical), reference_name=f"{name}, captured anew")
-
-
-def _localize(
-    bundle: Bundle, proofs: Sequence[Proof], against: _Reference, cases: Sequence[Case],
-    real: Callable[[], Mapping[str, Array]] | None, budget: Budget, threads: int, progress: Progress,
-) -> tuple[Localization, ...]:  # fmt: skip
-    progress.stage("blocks")
-    graphs = against.graphs()
-    found = []
-    for done, proof in enumerate(proofs):
-        progress.step(done, len(proofs))
-        case = localizing.telling_case(proof.cases, cases, real)
-        probe = localizing.Probe(case.name, case.feeds, against.run(case.feeds) if against.eager else {})
-        floor = budget.tolerance(Precision.INT8).min_sqnr_db
-        found.append(localizing.localize(proof.built, graphs, probe, threads=threads, int8_min_sqnr_db=floor))
-    return tuple(found)
-
-
 def _first_feeds(part: Part) -> Mapping[str, Array]:
     return next(iter(part.batches(DATA_BATCH))).feeds
-
-
-def _run_reference(run: Run, feeds: Mapping[str, Array], graph: Graph) -> Mapping[str, Array]:
-    outputs = run(feeds)
-    expected = [o.name for o in graph.outputs]
-    if sorted(outputs) != sorted(expected):
-        raise UsageError("the reference has other outputs", got=", ".join(outputs), expected=", ".join(expected))
-    return outputs
 
 
 def _open(bundle: Bundle, graph: Graph, receipt: Receipt, threads: int) -> tuple[list[Proof], dict[str, str]]:
@@ -278,18 +269,28 @@ def receipt_sites(receipt: Receipt) -> Sequence[tuple[str, str]]:
     return [(s.module, s.node) for s in receipt.sites if s.node is not None]
 
 
-def _promote(
-    bundle: Bundle, receipt: Receipt, entries: Sequence[CandidateEntry], measurement: Measurement | None
-) -> tuple[str, ...]:
-    """Rows that were `not_run` and passed here are put into receipt and manifest. Only their targets choose anew:
-    what was chosen on another host was measured there."""
+def _promote(bundle: Bundle, receipts: Mapping[str, Receipt], found: Mapping[str, _Validated]) -> tuple[str, ...]:
+    """Rows that were `not_run` and passed here are put into receipt and manifest."""
+    promoted: list[str] = []
+    updated = dict(receipts)
+    for name, of in found.items():
+        updated[name], passed = _promoted(receipts[name], of)
+        promoted += [graph_file(name, variant) for variant in passed]
+    if promoted:
+        receipt = merged(updated)
+        bundle.rewrite(receipt, receipt.chosen)
+    return tuple(promoted)
+
+
+def _promoted(receipt: Receipt, found: _Validated) -> tuple[Receipt, list[str]]:
+    """The graph's receipt with what has passed now. Only its targets choose anew: what was chosen on another host was
+    measured there."""
     waiting = {c.id for c in receipt.candidates if c.status == "not_run"}
-    passed = {e.id: e for e in entries if e.id in waiting and e.status == "passed"}
+    passed = {e.id: e for e in found.entries if e.id in waiting and e.status == "passed"}
     if not passed:
-        return ()
+        return receipt, []
     rows = tuple(passed.get(c.id, c) for c in receipt.candidates)
     targets = {row.target for row in passed.values()}
-    faster = measurement.clearly_faster if measurement is not None else lambda a, b: False
-    chosen = receipt.chosen | choose([e for e in entries if e.target in targets], faster)
-    bundle.rewrite(msgspec.structs.replace(receipt, candidates=rows, chosen=chosen), chosen)
-    return tuple(passed)
+    faster = found.measurement.clearly_faster if found.measurement is not None else lambda a, b: False
+    chosen = receipt.chosen | choose([row for row in rows if row.target in targets], faster)
+    return replace(receipt, candidates=rows, chosen=chosen), list(passed)

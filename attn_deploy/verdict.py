@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 from attn_deploy.errors import AttnDeployError, NotAsAskedError, ParityError, TooSlowError
 from attn_deploy.proving import Proof
+from attn_deploy.readback import PROVIDERS
 from attn_deploy.receipt import Receipt, SiteEntry, SiteRun
 from attn_deploy.report.sites import paired
 from attn_deploy.target import Precision
@@ -17,8 +18,6 @@ All = Literal["all"]
 class Asked(Protocol):
     """The part of the export's options that the verdict reads."""
 
-    @property
-    def precisions(self) -> Sequence[Precision]: ...
     @property
     def precisions_asked(self) -> bool: ...
     @property
@@ -73,9 +72,9 @@ def _verdict(
     options: Asked, receipt: Receipt, proofs: Sequence[Proof], locate: Locate
 ) -> AttnDeployError | None:  # fmt: skip
     unfused = {p.built.id for p in proofs if fusion_fault(options.require_fused, receipt.sites, p.sites) is not None}
-    for precision in options.precisions:
-        tried = [p for p in proofs if p.built.precision is precision]
-        if not tried or any(p.fault is None for p in tried):
+    for target, precision in dict.fromkeys((p.built.target, p.built.precision) for p in proofs):
+        tried = [p for p in proofs if p.built.target is target and p.built.precision is precision]
+        if any(p.fault is None for p in tried):
             continue
         fused = [p for p in tried if p.built.id not in unfused]
         if not fused and options.precisions_asked:
@@ -83,13 +82,15 @@ def _verdict(
         if not fused:
             continue
         proof = fused[0]
-        if proof.asked_fault is not None and options.precisions_asked:
+        promised = options.precisions_asked or precision is Precision.FP32
+        if proof.asked_fault is not None and promised:
             return NotAsAskedError(
-                f"{precision} was asked and is not what was built", where=proof.built.id, got=proof.asked_fault,
-                expected="90 % or more",
+                f"{precision} on {target} was asked and is not what was built", where=proof.built.id,
+                got=proof.asked_fault,
+                expected=f"90 % or more in {str(precision).upper()}, and every node on {PROVIDERS[target]}",
                 next_step="see the exempt layers in the receipt, or leave out this --precision",
             )  # fmt: skip
-        if options.precisions_asked or precision is Precision.FP32:
+        if promised:
             return ParityError(
                 f"the {precision} candidate is not the same model", got=proof.fault,
                 where=proof.built.id if options.keep_best else f"{proof.built.id}, {locate(proof)}",
@@ -100,11 +101,11 @@ def _verdict(
     if without:
         return _not_fused(options, receipt, without)
     if options.max_latency_ms is not None:
-        for target, chosen in receipt.chosen.items():
+        for name, chosen in receipt.chosen.items():
             latency = next(c.latency for c in receipt.candidates if c.id == chosen)
             if latency is not None and latency.p50_ms > options.max_latency_ms:
                 return TooSlowError(
-                    f"the fastest candidate for {target} is too slow", where=chosen, got=f"{latency.p50_ms:.2f} ms",
+                    f"the fastest candidate for {name} is too slow", where=chosen, got=f"{latency.p50_ms:.2f} ms",
                     expected=f"{options.max_latency_ms:g} ms at most", next_step="more --threads, or another precision",
                 )  # fmt: skip
     return None

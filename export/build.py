@@ -19,6 +19,7 @@ from attn_deploy.export.capture import CapturedModel
 from attn_deploy.export.lower import RECIPES
 from attn_deploy.export.lower.lowered import Lowered
 from attn_deploy.export.precision.calibration import OpenModel
+from attn_deploy.export.precision.half import to_half
 from attn_deploy.export.rewrite import RewrittenModel
 from attn_deploy.export.site_parity import SiteRecord, record_sites, site_cases
 from attn_deploy.export.to_onnx import CanonicalModel, plain_onnx, portable, save_model
@@ -108,10 +109,21 @@ def _storage_mb(model: ir.Model) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def plain_model(captured: CapturedModel, opset: int) -> Iterator[Path]:
-    """What torch.onnx.export makes of the model by itself, as a file that is gone afterwards."""
+def plain_model(captured: CapturedModel, opset: int, precision: Precision = Precision.FP32) -> Iterator[Path]:
+    """What torch.onnx.export makes of the model by itself, as a file that is gone afterwards.
+
+    In FP16 and BF16 as its users get it: FP16 from ONNX Runtime's own converter, BF16, which that lacks, from ours
+    with every node in BF16. Inputs and outputs stay FP32.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        yield save_model(plain_onnx(captured, opset=opset), Path(folder) / "plain.onnx")[0]
+        plain = plain_onnx(captured, opset=opset)
+        if precision is Precision.FP16:
+            from onnxruntime.transformers.float16 import convert_float_to_float16
+
+            plain = ir.from_proto(convert_float_to_float16(ir.to_proto(plain), keep_io_types=True))
+        elif precision is Precision.BF16:
+            to_half(plain, Precision.BF16, {})
+        yield save_model(plain, Path(folder) / "plain.onnx")[0]
 
 
 def eager_system(captured: CapturedModel, feeds: Mapping[str, Array], name: str, threads: int) -> System:

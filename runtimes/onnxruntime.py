@@ -68,10 +68,14 @@ def open_session(
     library: bool = False,
     options: Mapping[str, str] | None = None,
 ) -> OnnxRuntimeSession:
-    """`options` must be empty: lowering for the CPU counts on none. Raises UnavailableError without onnxruntime, AttnDeployError when it rejects the model."""
+    """`options` must be empty: lowering for the CPU counts on none.
+
+    Raises UnavailableError without onnxruntime, AttnDeployError when it rejects the model."""
     assert not options, options
     session = _create(model, _options(threads, library))
-    return OnnxRuntimeSession(session, inputs or _specs(session.get_inputs()), outputs or _specs(session.get_outputs()))
+    return OnnxRuntimeSession(
+        session, inputs or tensor_specs(session.get_inputs()), outputs or tensor_specs(session.get_outputs())
+    )
 
 
 def read_back(
@@ -90,6 +94,11 @@ def read_back(
         session = _create(model, settings)
         session.run(None, dict(feeds))
         events = json.loads(Path(session.end_profiling()).read_text())
+    return profiled_nodes(events)
+
+
+def profiled_nodes(events: Sequence[Mapping[str, Any]]) -> list[RunNode]:
+    """The nodes of an ONNX Runtime profile, in the order of the run."""
     return [_node(e) for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
 
 
@@ -148,7 +157,8 @@ def _create(model: bytes | Path, options: Any) -> Any:
         ) from error
 
 
-def _specs(values: Sequence[Any]) -> tuple[TensorSpec, ...]:
+def tensor_specs(values: Sequence[Any]) -> tuple[TensorSpec, ...]:
+    """Of a session's inputs or outputs; a dimension without a name is `?`."""
     specs = []
     for value in values:
         dtype = _DTYPES.get(value.type, value.type)

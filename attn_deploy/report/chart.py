@@ -9,7 +9,7 @@ from attn_deploy.receipt import Latency, Receipt
 from attn_deploy.report import words
 
 WIDTH = 800
-LABEL_WIDTH, VALUE_WIDTH = 190, 175
+LABEL_WIDTH, VALUE_WIDTH = 190, 195
 """Left of the bars their names, right of them their figures."""
 
 TOP, ROW_HEIGHT, AXIS_HEIGHT = 8, 34, 28

@@ -9,10 +9,10 @@ from typing import Any
 
 import jinja2
 
-from attn_deploy.receipt import CandidateEntry, Receipt, SiteParity, SiteRun
+from attn_deploy.receipt import MAIN, CandidateEntry, KindCount, Receipt, SiteParity, SiteRun
 from attn_deploy.report import words
-from attn_deploy.report.chart import latency_chart
-from attn_deploy.report.sites import kind_counts, name_ranges, paired, site_rows
+from attn_deploy.report.chart import Chart, latency_chart
+from attn_deploy.report.sites import SiteRow, kind_counts, name_ranges, paired, site_rows
 
 TEMPLATE = "report.html.j2"
 FILES_NAMED = 20
@@ -34,23 +34,50 @@ class SiteCell:
     parity: SiteParity | None
 
 
+@dataclass(frozen=True)
+class GraphPage:
+    """What the page shows of one graph. `anchor` ends the ids of its headings."""
+
+    name: str
+    anchor: str
+    receipt: Receipt
+    chosen: list[tuple[str, CandidateEntry, list[Tile]]]
+    chosen_ids: set[str]
+    counts: list[KindCount]
+    site_rows: list[SiteRow]
+    site_matrix: list[tuple[str, list[SiteCell]]]
+    exempt: Mapping[str, Mapping[str, list[tuple[str, int]]]]
+    chart: Chart | None
+
+
 def render_html(receipt: Receipt) -> str:
     """The whole page. Every value of the receipt is escaped; control characters become `?`."""
-    chosen = words.chosen_candidates(receipt)
     source = importlib.resources.files("attn_deploy.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     return _environment().from_string(source).render(
         receipt=receipt,
-        chosen=[(target, candidate, _tiles(receipt, candidate, index == 0))
-                for index, (target, candidate) in enumerate(chosen)],
+        graphs=[_page(name, own) for name, own in receipt.by_graph().items()],
+        data_sentences=words.data_sentences(receipt.data, FILES_NAMED),
+        words=words,
+    )  # fmt: skip
+
+
+def _page(name: str, receipt: Receipt) -> GraphPage:
+    chosen = words.chosen_candidates(receipt)
+    return GraphPage(
+        name=name,
+        anchor="" if name == MAIN else f"-{name}",
+        receipt=receipt,
+        chosen=[
+            (target, candidate, _tiles(receipt, candidate, index == 0))
+            for index, (target, candidate) in enumerate(chosen)
+        ],
         chosen_ids=set(receipt.chosen.values()),
         counts=kind_counts(receipt.sites),
         site_rows=site_rows(receipt.sites, chosen[0][1].sites if chosen else ()),
         site_matrix=_site_matrix(receipt),
         exempt={c.id: _exempt_by_reason(c.exempt) for c in receipt.candidates},
         chart=latency_chart(receipt),
-        data_sentences=words.data_sentences(receipt.data, FILES_NAMED),
-        words=words,
-    )  # fmt: skip
+    )
 
 
 def _environment() -> jinja2.Environment:

@@ -15,8 +15,9 @@ from attn_deploy.cli_run import RunResult
 from attn_deploy.doctor import Diagnosis
 from attn_deploy.inspection import Inspection
 from attn_deploy.localizing import Localization
+from attn_deploy.manifest import graph_file
 from attn_deploy.report.terminal import intent_lines, sites_table
-from attn_deploy.report.words import decibel, implementations, listed
+from attn_deploy.report.words import decibel, implementations, listed, titled
 from attn_deploy.session import TensorSpec
 from attn_deploy.validation import Validation
 
@@ -24,10 +25,17 @@ MARKS = {True: ("ok", "green"), False: ("missing", "red"), None: ("absent", "yel
 
 
 def inspection_tables(found: Inspection, *, all_sites: bool = False) -> RenderableType:
-    """Inputs, outputs, sites, and for a bundle what each variant runs here."""
+    """Inputs, outputs, sites, and for a bundle what each variant runs here; each graph after the other."""
+    parts = [_inspection(found, all_sites)]
+    for other in found.others:
+        parts += [Text(), _inspection(other, all_sites)]
+    return Group(*parts)
+
+
+def _inspection(found: Inspection, all_sites: bool) -> RenderableType:
     chosen = next((v for v in found.variants if v.chosen), None)
     parts: list[RenderableType] = [
-        Text(found.source, style="bold"),
+        Text(titled(found.graph, found.source), style="bold"),
         Text("inputs:  " + _specs(found.inputs)),
         Text("outputs: " + _specs(found.outputs)),
         *(intent_lines(found.sites, found.intent) if found.sites else ()),
@@ -54,7 +62,7 @@ def validation_tables(validation: Validation) -> RenderableType:
         colour = "green" if row.status == "passed" else "red"
         agreement = row.parity.top1_agreement if row.parity is not None else None
         table.add_row(
-            row.id,
+            graph_file(row.graph, row.id),
             Text(row.status, style=colour),
             f"{row.parity.sqnr_db:.1f}" if row.parity is not None else "",
             f"{agreement:.2%}" if agreement is not None else "",
@@ -83,8 +91,9 @@ def localization_table(found: Localization) -> RenderableType:
             decibel(row.sqnr_db), f"{row.min_sqnr_db:g}", f"{row.max_abs:.2g}", row.arithmetic, listed(row.runs, 2),
         )  # fmt: skip
     counted = f"{found.out_of_tolerance} of {found.blocks} blocks are out of tolerance, the first: "
+    variant = graph_file(found.graph, found.variant)
     return Group(
-        Text(f"\n{found.variant}, block by block against {found.reference}, on {found.inputs}"),
+        Text(f"\n{variant}, block by block against {found.reference}, on {found.inputs}"),
         Text((counted if found.first else "") + found.verdict(), style="bold red" if found.first else "green"),
         *((table,) if rows else ()),
     )

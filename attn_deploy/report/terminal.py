@@ -28,13 +28,14 @@ UNBOUNDED = 10_000
 
 def receipt_tables(receipt: Receipt, *, all_sites: bool = False) -> RenderableType:
     """The whole receipt: header, sites, candidates, peers, data. `all_sites` gives each site a row of its own."""
-    chosen = words.chosen_candidates(receipt)
-    first = chosen[0][1] if chosen else None
     parts: list[RenderableType] = [_header(receipt)]
-    parts += _section("Attention sites", _sites(receipt, first, all_sites))
-    parts += _section("Candidates", [candidates_table(receipt), *_reasons(receipt.candidates)])
-    if receipt.peers:
-        parts += _section("Against peers, in turns in the same run", [peers_table(receipt.peers)])
+    for graph, own in receipt.by_graph().items():
+        chosen = words.chosen_candidates(own)
+        first = chosen[0][1] if chosen else None
+        parts += _section(words.titled(graph, "Attention sites"), _sites(own, first, all_sites))
+        parts += _section(words.titled(graph, "Candidates"), [candidates_table(own), *_reasons(own.candidates)])
+        if own.peers:
+            parts += _section(words.titled(graph, "Against peers, in turns in the same run"), [peers_table(own.peers)])
     parts += _section("Data", [_text(sentence) for sentence in words.data_sentences(receipt.data)])
     return Group(*parts)
 

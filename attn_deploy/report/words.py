@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from attn_deploy.latency import FASTER, SLOWER
 from attn_deploy.parity import EXACT_DB
-from attn_deploy.receipt import Accuracy, CandidateEntry, DataEntry, Intent, Latency, Peer, Receipt, SiteRun
+from attn_deploy.receipt import MAIN, Accuracy, CandidateEntry, DataEntry, Intent, Latency, Peer, Receipt, SiteRun
 
 ABSENT = "-"
 FILES_NAMED = 5
@@ -152,7 +152,14 @@ def chosen_candidates(receipt: Receipt) -> list[tuple[str, CandidateEntry]]:
     return [(target, by_id[chosen]) for target, chosen in receipt.chosen.items() if chosen in by_id]
 
 
+def titled(graph: str, title: str) -> str:
+    """A heading, with the graph that it is about where there are several."""
+    return title if graph == MAIN else f"{graph}: {title}"
+
+
 def chosen_line(receipt: Receipt) -> str:
+    if receipt.graphs:
+        return "; ".join(titled(graph, chosen_line(own)) for graph, own in receipt.by_graph().items())
     if receipt.chosen:
         return ", ".join(f"{chosen} for {target}" for target, chosen in receipt.chosen.items())
     states = {c.status for c in receipt.candidates}

@@ -51,14 +51,21 @@ def collect_ranges(
     return {name: Range(low[name], high[name]) for name in names}
 
 
+def observed_copy(model: ir.Model) -> tuple[ir.Model, dict[str, ir.Value]]:
+    """A copy without outputs, and its activations and inputs by name: to be given what is observed as outputs."""
+    copy = model.clone()
+    values = {str(o.name): o for node in copy.graph for o in node.outputs}
+    values |= {str(i.name): i for i in copy.graph.inputs}
+    copy.graph.outputs.clear()
+    return copy, values
+
+
 def _with_extrema(model: ir.Model, names: Sequence[str]) -> ir.Model:
     """A copy whose outputs are the extrema per sample of the named values, each [batch].
 
     ONNX Runtime's ReduceMin and ReduceMax pass over NaN: the sum of the values times zero makes NaN of the minimum.
     """
-    copy = model.clone()
-    values = {o.name: o for node in copy.graph for o in node.outputs} | {i.name: i for i in copy.graph.inputs}
-    copy.graph.outputs.clear()
+    copy, values = observed_copy(model)
     zero = ir.Value(name="calibration/zero", const_value=ir.tensor(np.float32(0.0), name="calibration/zero"))
     copy.graph.register_initializer(zero)
     for name in names:

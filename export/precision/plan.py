@@ -27,6 +27,7 @@ class Exempt(StrEnum):
     DEPTHWISE = "depthwise: few multiply-adds, no faster in INT8, and the most sensitive to it"
     GATE = "inside a gate: few multiply-adds that decide over whole channels"
     EXCLUDED = "excluded by the user"
+    LOSS = "its INT8 form loses too much on the calibration data"
     FORM = "its weight is not a constant matrix or its attributes have no INT8 kernel"
 
 

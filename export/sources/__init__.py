@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
 from attn_deploy.errors import UsageError
 from attn_deploy.export.sources import demo, factory, huggingface, pt2, timm_models, torchvision_models
 from attn_deploy.export.sources.base import LoadedSource, SourceRequest
+from attn_deploy.inputs import ExampleInput
+from attn_deploy.resolutions import about
 from attn_deploy.target import nearest
 
-__all__ = ["SOURCES", "LoadedSource", "SourceRequest", "load_source"]
+__all__ = ["SOURCES", "LoadedSource", "SourceRequest", "load_resolutions", "load_source"]
 
 SOURCES = {
     "timm": timm_models.load,
@@ -40,5 +45,22 @@ def load_source(text: str, request: SourceRequest) -> LoadedSource:
     )
 
 
+def load_resolutions(
+    text: str, request: SourceRequest, resolutions: Mapping[str, Sequence[ExampleInput]]
+) -> dict[str, LoadedSource]:
+    """The source for each graph of a bundle, by the graph's name: the same model with the same weights.
+
+    The first one is loaded as `load_source` does; the initializer settles its weights on that resolution.
+    """
+    sources: dict[str, LoadedSource] = {}
+    for graph, inputs in resolutions.items():
+        with about(graph):
+            if sources:
+                sources[graph] = next(iter(sources.values())).at(inputs)
+            else:
+                sources[graph] = load_source(text, replace(request, inputs=inputs))
+    return sources
+
+
 def _named(request: SourceRequest, name: str) -> SourceRequest:
-    return SourceRequest(name, request.weights, request.arguments, request.inputs)
+    return replace(request, name=name)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from attn_deploy.errors import UnavailableError, UsageError
 from attn_deploy.export.initializer import initialize
 from attn_deploy.inputs import ExampleInput, make_feeds, override
-from attn_deploy.preprocess import Preprocess
+from attn_deploy.preprocess import Preprocess, at_size
 
 PACKAGE_DEFAULTS = "init:package"
 """Weights as the package makes them: enough where only time is measured, worthless for parity."""
@@ -23,7 +23,8 @@ PACKAGE_DEFAULTS = "init:package"
 
 @dataclass(frozen=True)
 class LoadedSource:
-    """A model in evaluation mode with what is needed to feed it. `weights` says where its numbers come from."""
+    """A model in evaluation mode with what is needed to feed it. `weights` says where its numbers come from, `resize`
+    how it is had for inputs of other sizes where that takes more than feeding them."""
 
     name: str
     description: str
@@ -32,6 +33,11 @@ class LoadedSource:
     weights: str
     preprocess: Preprocess | None = None
     labels: tuple[str, ...] | None = None
+    resize: Callable[[LoadedSource, Sequence[ExampleInput]], LoadedSource] | None = None
+
+    def at(self, given: Sequence[ExampleInput]) -> LoadedSource:
+        """The same model with the same weights for inputs of other sizes."""
+        return with_inputs(self, given) if self.resize is None else self.resize(self, given)
 
 
 @dataclass(frozen=True)
@@ -95,10 +101,41 @@ def accepted_inputs(
     return merged
 
 
-def load_weights(module: nn.Module, inputs: Sequence[ExampleInput], weights: str | None, name: str) -> str:
+def with_inputs(source: LoadedSource, given: Sequence[ExampleInput]) -> LoadedSource:
+    """The module as it is, for inputs of other sizes; images are prepared for theirs."""
+    assert isinstance(source.module, nn.Module)  # a saved program takes no inputs from the user
+    inputs = accepted_inputs(source.module, source.inputs, given)
+    config = source.preprocess
+    shapes = {i.name: i.shape for i in inputs}
+    if config is not None and len(shapes[config.input]) == 4:
+        config = at_size(config, *shapes[config.input][2:])
+    return replace(source, inputs=inputs, preprocess=config)
+
+
+def runs_on(module: nn.Module, inputs: Sequence[ExampleInput]) -> bool:
+    """Whether the module takes inputs of these sizes."""
+    feeds = {name: torch.from_numpy(array) for name, array in make_feeds(inputs, batch=None, seed=0).items()}
+    try:
+        with torch.no_grad():
+            module(**feeds)
+    except Exception:  # whatever a module raises on an input that does not fit it
+        return False
+    finally:
+        module.train().eval()  # LeViT keeps tables made from parameters, which may be set after this
+    return True
+
+
+Fit = Callable[[nn.Module, Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+"""A state_dict resampled for a module of another input size."""
+
+
+def load_weights(
+    module: nn.Module, inputs: Sequence[ExampleInput], weights: str | None, name: str, fit: Fit | None = None
+) -> str:
     """Puts weights into `module` in place and says which. Without a file: the project's own initializer.
 
-    `weights` is a safetensors file, a torch file (read with weights_only), `init:SEED`, or PACKAGE_DEFAULTS.
+    `weights` is a safetensors file, a torch file (read with weights_only), `init:SEED`, or PACKAGE_DEFAULTS. `fit` is
+    tried on a file whose shapes differ from the module's.
     """
     module.eval()
     if weights == PACKAGE_DEFAULTS:
@@ -111,7 +148,7 @@ def load_weights(module: nn.Module, inputs: Sequence[ExampleInput], weights: str
     path = Path(weights)
     if not path.is_file():
         raise UsageError("the weights file does not exist", got=weights, expected="a .safetensors or .pt file")
-    _load_state(module, _read_state(path), path, name)
+    load_state(module, _read_state(path), str(path), name, fit)
     return path.name
 
 
@@ -144,8 +181,13 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _load_state(module: nn.Module, state: Mapping[str, torch.Tensor], path: Path, name: str) -> None:
+def load_state(
+    module: nn.Module, state: Mapping[str, torch.Tensor], where: str, name: str, fit: Fit | None = None
+) -> None:
+    """Puts a state_dict into `module`, resampled by `fit` where shapes differ. Raises UsageError: it does not fit."""
     own = module.state_dict()
+    if fit is not None and any(own[k].shape != state[k].shape for k in own.keys() & state.keys()):
+        state = fit(module, state)
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
     wrong = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
@@ -156,7 +198,7 @@ def _load_state(module: nn.Module, state: Mapping[str, torch.Tensor], path: Path
         expected += [f"{k} {list(own[k].shape)}" for k in sorted(wrong)[:4]]
         raise UsageError(
             f"the weights do not fit {name}",
-            where=str(path),
+            where=where,
             got="; ".join(got) or "a file without them",
             expected="; ".join(expected) or "only the model's own keys",
             next_step="check the model's name and --source-arg (num_classes, img_size) against the weights",

@@ -17,7 +17,10 @@ from pathlib import Path
 
 from attn_deploy.errors import UnavailableError
 
-__all__ = ["NativeStatus", "kernel_names", "library_operators", "library_path", "library_version", "status"]
+__all__ = [
+    "NativeStatus", "kernel_names", "library_folders", "library_operators", "library_path", "library_text",
+    "library_version", "status",
+]  # fmt: skip
 
 _DISTRIBUTION = "attn-deploy"
 _PACKAGE_FOLDER = Path("attn_deploy", "runtimes", "native")
@@ -41,17 +44,17 @@ class NativeStatus:
 
 def library_path() -> Path | None:
     """The built library, or None. It may be there and still not load: `status` tells."""
-    return next((folder / _FILE_NAME for folder in _folders() if (folder / _FILE_NAME).is_file()), None)
+    return next((folder / _FILE_NAME for folder in library_folders() if (folder / _FILE_NAME).is_file()), None)
 
 
 def library_version(path: Path) -> str:
     """The version of the package that the library was built from; raises UnavailableError when it does not load."""
-    return _call(path, "attn_deploy_native_version")
+    return library_text(path, "attn_deploy_native_version")
 
 
 def library_operators(path: Path) -> tuple[str, ...]:
     """The ONNX operator names that the library registers; raises UnavailableError when it does not load."""
-    return tuple(_call(path, "attn_deploy_native_operators").split(","))
+    return tuple(library_text(path, "attn_deploy_native_operators").split(","))
 
 
 def kernel_names() -> tuple[str, ...]:
@@ -70,7 +73,7 @@ def status() -> NativeStatus:
         return NativeStatus(False, path, None, (), f"{error.what}: {error.got}; next: {error.next_step}")
 
 
-def _folders() -> Iterator[Path]:
+def library_folders() -> Iterator[Path]:
     """Where the library can lie: beside this file in a wheel; in site-packages, with this file in the source tree, in
     an editable install."""
     yield Path(__file__).resolve().parent
@@ -89,13 +92,14 @@ def _reason_not_built() -> str:
     return f"not built: no C++ compiler at install time; next: apt install g++ && {_REINSTALL}"
 
 
-def _call(path: Path, function_name: str) -> str:
-    """The text that one of the library's `const char*(void)` functions returns."""
+def library_text(path: Path, function_name: str, next_step: str = _REINSTALL) -> str:
+    """The text that a library's `const char*(void)` function returns; raises UnavailableError, with `next_step`, when the
+    library does not load or lacks the function."""
     try:
         function = getattr(ctypes.CDLL(str(path)), function_name)
     except (OSError, AttributeError) as error:
         raise UnavailableError(
-            "the native library does not load", got=error, where=str(path), next_step=_REINSTALL
+            "the native library does not load", got=error, where=str(path), next_step=next_step
         ) from error
     function.argtypes = []
     function.restype = ctypes.c_char_p

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import attn_deploy.demo as demo
-from attn_deploy import cli, latency, pipeline, proving
+from attn_deploy import cli, latency, measuring, proving
 
 sys.path.insert(0, str(Path(__file__).parent))  # for tiny_models, as a source and in tests
 
@@ -45,7 +45,7 @@ def run_cli(*arguments: str | Path) -> Ran:
 def short_latency() -> Iterator[None]:
     """The figures are not judged here, so a second of them is enough."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "LATENCY_BUDGET_S", 1.0)
+        patch.setattr(measuring, "LATENCY_BUDGET_S", 1.0)
         patch.setattr(proving, "measure", functools.partial(latency.measure, warmup_s=0.02, pause_s=0.0))
         patch.setattr("attn_deploy.validation.LATENCY_BUDGET_S", 1.0)
         patch.setenv("COLUMNS", "200")

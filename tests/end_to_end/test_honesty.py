@@ -146,7 +146,7 @@ def test_int8_that_is_not_int8_is_an_error_when_it_was_asked_for(
     arguments = [*GATED, "--precision", "fp32,int8", "-o", tmp_path / "x.attn", "--json"]
     ran = attn_deploy_cli(*arguments, *(part for layer in layers for part in ("--exclude", layer)))
     assert ran.code == 4
-    assert ran.json["error"]["what"] == "int8 was asked and is not what was built"
+    assert ran.json["error"]["what"] == "int8 on onnxruntime-cpu was asked and is not what was built"
     assert ran.json["error"]["got"].startswith("only 0.0%")
     assert list(tmp_path.iterdir()) == []
 

@@ -61,6 +61,48 @@ class Attention(nn.Module):
         return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
 
 
+class WindowAttention(nn.Module):
+    """Self-attention in windows of 4 x 4 of a map [batch, height, width, dim], with a bias per relative position."""
+
+    SIDE, HEADS = 4, 2
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.qkv, self.projection = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.table = nn.Parameter(torch.randn((2 * self.SIDE - 1) ** 2, self.HEADS))
+        place = torch.stack(torch.meshgrid(*[torch.arange(self.SIDE)] * 2, indexing="ij")).flatten(1)
+        steps = place[:, :, None] - place[:, None] + self.SIDE - 1
+        self.register_buffer("place", steps[0] * (2 * self.SIDE - 1) + steps[1], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, height, width, dim = x.shape
+        side = self.SIDE
+        windows = x.reshape(-1, height // side, side, width // side, side, dim).transpose(2, 3)
+        tokens = windows.reshape(-1, side * side, dim)
+        query, key, value = self.qkv(tokens).unflatten(-1, (3, self.HEADS, -1)).permute(2, 0, 3, 1, 4)
+        bias = self.table[self.place].permute(2, 0, 1)
+        scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5 + bias
+        mixed = self.projection((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
+        return mixed.reshape(windows.shape).transpose(2, 3).reshape(x.shape)
+
+
+class WindowedNet(nn.Module):
+    """Patches of 2, two residual window attentions: x [batch, 3, height, width] -> [batch, 5], for sides of 8 n."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 2, 2)
+        self.blocks = nn.ModuleList(WindowAttention(16) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(2))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).permute(0, 2, 3, 1)
+        for norm, block in zip(self.norms, self.blocks, strict=True):
+            x = x + block(norm(x))
+        return self.head(x.mean((1, 2)))
+
+
 class ScaledAttention(nn.Module):
     """x + layer_scale * attention(x): with a scale of 0 the attention does not matter."""
 
@@ -125,6 +167,11 @@ def gated() -> Any:
 def scaled_attention(layer_scale: float = 1.0) -> Any:
     torch.manual_seed(0)
     return ScaledAttention(layer_scale), {"x": torch.zeros(1, 6, 16)}
+
+
+def windowed() -> Any:
+    torch.manual_seed(0)
+    return WindowedNet(), {"x": IMAGE}
 
 
 def constant() -> Any:

@@ -38,7 +38,7 @@ def test_the_version_is_that_of_the_package(library: Path, source: Path) -> None
 
 
 def look_only_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_folders", lambda: iter([folder]))
+    monkeypatch.setattr(native, "library_folders", lambda: iter([folder]))
 
 
 def test_status_with_the_library(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_a_library_is_found_where_an_editable_install_puts_it(tmp_path: Path, mo
     (record / "METADATA").write_text("Metadata-Version: 2.1\nName: attn-deploy\nVersion: 0.1.0\n")
     (record / "RECORD").write_text(f"attn_deploy/runtimes/native/{file.name},,\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert file.parent in list(native._folders())
+    assert file.parent in list(native.library_folders())
 
 
 def test_a_runtime_that_is_too_old_is_told_so(library: Path) -> None:

@@ -1,0 +1,260 @@
+"""The stages of an export for one graph of the bundle; `pipeline` calls them in their order."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from attn_deploy import environment, localizing, proving, runtimes
+from attn_deploy.accuracy import Run, scores_output
+from attn_deploy.built import Built
+from attn_deploy.choice import choose
+from attn_deploy.data import Dataset, Split, open_data, require_labels
+from attn_deploy.errors import UsageError
+from attn_deploy.inputs import make_feeds, named_specs, narrowed
+from attn_deploy.intent import intent_of, site_entries
+from attn_deploy.manifest import Graph, Variant, graph_file
+from attn_deploy.measuring import Conditions, Measured, measure_candidates
+from attn_deploy.options import ExportOptions
+from attn_deploy.parity import parity_cases
+from attn_deploy.progress import Progress
+from attn_deploy.proving import Proof
+from attn_deploy.receipt import MAIN, SCHEMA_VERSION, CandidateEntry, DataEntry, Receipt
+from attn_deploy.runtimes import native
+from attn_deploy.session import BATCH, Array
+from attn_deploy.target import Precision, Target
+
+if TYPE_CHECKING:
+    from attn_deploy.export.capture import CapturedModel
+    from attn_deploy.export.rewrite import RewrittenModel
+    from attn_deploy.export.sources import LoadedSource
+    from attn_deploy.export.to_onnx import CanonicalModel
+
+DATA_BATCH = 8
+
+
+class GraphExport:
+    """One graph: what every stage needs, so that stages are methods of few arguments. `root` is the bundle's folder."""
+
+    def __init__(self, name: str, source: LoadedSource, options: ExportOptions, progress: Progress) -> None:
+        self.name = name
+        self.options = options
+        self.source = source
+        self.progress = progress
+        self.threads = options.threads or environment.available_cores()
+        self.host = environment.host()
+        self.dataset: Dataset | None = None
+        self.split: Split | None = None
+        self.judged = self.calibrated = 0
+        self.warnings: list[str] = []
+        self.not_run: list[Built] = []
+
+    def open_data(self) -> None:
+        """Opens `--data` early: a wrong path must not be told after minutes of work."""
+        options = self.options
+        if options.data is None:
+            if options.budget.max_drop is not None:
+                raise UsageError("--max-drop needs labelled data", next_step="add --data FOLDER")
+            return
+        specs = named_specs(self.source.inputs, options.dims)
+        self.dataset = open_data(
+            options.data, inputs=specs, preprocess=self.source.preprocess, labels=self.source.labels
+        )
+        if options.budget.max_drop is not None:
+            require_labels(self.dataset, "--max-drop asks for accuracy")
+        self.split = self.dataset.split(options.calibration_samples, options.eval_samples, options.seed)
+        if self.split.note:
+            self.warnings.append(self.split.note)
+
+    def find_and_write(self) -> tuple[RewrittenModel, CanonicalModel]:
+        """Capture, recognition, rewriting and canonical ONNX."""
+        from attn_deploy.export.capture import capture
+        from attn_deploy.export.recognize import recognize
+        from attn_deploy.export.rewrite import rewrite
+        from attn_deploy.export.to_onnx import to_onnx
+
+        self.progress.stage("capture")
+        captured = capture(self.source, self.options.dims)
+        self.warnings += narrowed(self.options.dims, captured.dims)
+        self.progress.stage("attention sites")
+        rewritten = rewrite(captured, recognize(captured))
+        self.progress.stage("ONNX")
+        return rewritten, to_onnx(rewritten, opset=self.options.opset)
+
+    def build(
+        self, root: Path, rewritten: RewrittenModel, canonical: CanonicalModel, unavailable: Mapping[Target, str]
+    ) -> tuple[list[Proof], list[CandidateEntry]]:
+        """Lowers every candidate to a file and opens it; those of targets that cannot run here are only written."""
+        from attn_deploy.export.build import build_candidates, save_sources
+
+        self.progress.stage("candidates")
+        folder = self._folder(root)
+        folder.mkdir(exist_ok=True)
+        save_sources(canonical, folder)
+        calibration = self._calibration(rewritten.captured)
+        kernels = native.kernel_names()
+        proofs, not_run = [], []
+        for candidate in build_candidates(
+            rewritten, canonical, folder, self.options, calibration, _open_model, kernels, self.progress
+        ):
+            if candidate.target in unavailable:
+                self.not_run.append(candidate)
+                not_run.append(_not_run(candidate, unavailable[candidate.target]))
+                continue
+            session = proving.open_candidate(candidate, self.threads, canonical.inputs, canonical.outputs)
+            proofs.append(Proof(candidate, session))
+        return proofs, not_run
+
+    def _folder(self, root: Path) -> Path:
+        return root / graph_file(self.name, "")
+
+    def _calibration(self, captured: CapturedModel) -> Any:
+        """Feeds to calibrate on: the user's, or made ones, which is said."""
+
+        def batches() -> Iterable[Mapping[str, Array]]:
+            self.calibrated = 0
+            if self.split is not None:
+                for batch in self.split.calibration.batches(DATA_BATCH):
+                    self.calibrated += len(batch.keys)
+                    yield batch.feeds
+                return
+            warning = "INT8 was calibrated on random inputs: give --data for ranges of real activations"
+            if warning not in self.warnings:
+                self.warnings.append(warning)
+            for seed in range(1000, 1000 + (self.options.calibration_samples // DATA_BATCH or 1)):
+                yield make_feeds(captured.inputs, batch=DATA_BATCH if BATCH in captured.dims else None, seed=seed)
+
+        return batches
+
+    def prove(self, proofs: Sequence[Proof], captured: CapturedModel) -> None:
+        """Read-back, parity and accuracy."""
+        self.progress.stage("parity")
+        split = self.split
+        cases = parity_cases(captured.inputs, captured.dims)
+        references = [captured.reference(case.feeds) for case in cases]
+        single = self._single(captured)
+        for done, proof in enumerate(proofs):
+            self.progress.step(done, len(proofs))
+            proving.read_back(proof, single)
+            tolerance = self.options.budget.tolerance(proof.built.precision)
+            proving.check_parity(proof, cases, references, tolerance, has_data=split is not None)
+        if split is None:
+            return
+        self.progress.stage("accuracy")
+        shapes = {name: value.shape for name, value in references[0].items()}
+
+        def progress(samples: int) -> None:
+            self.judged = samples
+            self.progress.step(samples, split.judgement.size or 0)
+
+        batch = DATA_BATCH if BATCH in captured.dims else captured.inputs[0].shape[0]
+        proving.check_accuracy(
+            proofs, split.judgement, batch, captured.reference, scores_output(shapes), self.options.budget, progress
+        )
+
+    def _single(self, captured: CapturedModel) -> dict[str, Array]:
+        batch = captured.dims[BATCH].min if BATCH in captured.dims else None
+        return make_feeds(captured.inputs, batch=batch, seed=31)
+
+    def locate(self, proof: Proof, root: Path, captured: CapturedModel) -> str:
+        """Where a candidate that failed parity went wrong first, on inputs on which it did."""
+        self.progress.stage("blocks")
+        split = self.split
+        real = None if split is None else lambda: next(iter(split.judgement.batches(DATA_BATCH))).feeds
+        case = localizing.telling_case(proof.cases, parity_cases(captured.inputs, captured.dims), real)
+        try:
+            probe = localizing.Probe(case.name, case.feeds, captured.reference(case.feeds))
+            graphs = localizing.own_graphs(self._folder(root))
+            found = localizing.localize(proof.built, graphs, probe, threads=self.threads)
+        except Exception as error:  # what is to be told is that parity failed, whatever a broken model does in parts
+            return f"the module could not be found: {error}"
+        return found.verdict()
+
+    def measure(self, proofs: Sequence[Proof], captured: CapturedModel) -> Measured:
+        """Latency of what passed beside its peers, and memory."""
+        conditions = Conditions(self._single(captured), self.threads, self.options.opset)
+        measured = measure_candidates(proofs, captured, conditions, self.progress)
+        self.warnings += [f"the peer {name} was not measured: {reason}" for name, reason in measured.absent.items()]
+        return measured
+
+    def receipt(
+        self, rewritten: RewrittenModel, canonical: CanonicalModel, proofs: Sequence[Proof],
+        not_run: Sequence[CandidateEntry], measured: Measured,
+    ) -> Receipt:  # fmt: skip
+        """The receipt of this graph alone."""
+        batch = measured.conditions.batch
+        candidates = [proving.entry(p, measured.of(p.built.id), batch, self.threads) for p in proofs] + list(not_run)
+        chosen = choose(candidates, measured.clearly_faster)
+        warnings = [*self.warnings, environment.load_warning(self.host), environment.throttling_note(self.host)]
+        if Precision.FP16 in self.options.precisions:
+            warnings.append("fp16 on an x86 CPU is storage only: weights take half the file and are computed in FP32")
+        sites = site_entries(rewritten, canonical)
+        return Receipt(
+            schema_version=SCHEMA_VERSION,
+            source=self.source.description,
+            weights=self.source.weights,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            command=self.options.command,
+            host={k: ", ".join(v) if isinstance(v, (list, tuple)) else v for k, v in self.host.items()},
+            versions=environment.versions(),
+            data=self._data_entry(),
+            sites=sites,
+            candidates=tuple(candidates),
+            peers=measured.peer_entries(tuple(chosen.values())),
+            chosen=chosen,
+            warnings=tuple(w for w in warnings if w),
+            intent=intent_of(sites, rewritten),
+        )
+
+    def _data_entry(self) -> DataEntry:
+        if self.dataset is None:
+            return DataEntry(seed=self.options.seed)
+        return DataEntry(
+            path=self.options.data,
+            seed=self.options.seed,
+            split="by sha256 of seed and key",
+            calibration_asked=self.options.calibration_samples,
+            judgement_asked=self.options.eval_samples,
+            calibration=self.calibrated,
+            judgement=self.judged,
+            labelled=self.dataset.labelled,
+            unreadable=tuple(self.dataset.unreadable),
+        )
+
+    def keep(self, root: Path, canonical: CanonicalModel, proofs: Sequence[Proof], receipt: Receipt) -> Graph:
+        """The graph as the manifest has it. Variants that were not chosen are removed."""
+        kept = set(receipt.chosen.values()) | {c.id for c in receipt.candidates if c.status == "not_run"}
+        if self.options.keep_best and not kept:
+            kept = {max(proofs, key=lambda p: min((c.sqnr_db for c in p.cases), default=0.0)).built.id}
+        variants = {}
+        for built in (*(p.built for p in proofs), *self.not_run):
+            if built.id not in kept:
+                for file in built.files:
+                    file.unlink()
+                continue
+            files = tuple(f.relative_to(root).as_posix() for f in built.files)
+            library = "attn_deploy_native" if built.library else None
+            variants[built.id] = Variant(str(built.target), str(built.precision), files, library, built.options)
+        graph = Graph(canonical.inputs, canonical.outputs, canonical.dims, variants, self.source.inputs)
+        if self.name == MAIN:
+            return graph
+        return msgspec.structs.replace(graph, chosen=receipt.chosen, preprocess=self.source.preprocess)
+
+
+def _open_model(model: Any) -> Run:
+    """Opens an ONNX model in memory, for calibration."""
+    import onnx_ir
+
+    content = onnx_ir.to_proto(model).SerializeToString()
+    return runtimes.open_session(Target.ONNXRUNTIME_CPU, content).run
+
+
+def _not_run(built: Built, reason: str) -> CandidateEntry:
+    return CandidateEntry(
+        id=built.id, target=str(built.target), precision=str(built.precision), status="not_run", reason=reason,
+        exempt=built.exempt, storage=built.storage,
+    )  # fmt: skip

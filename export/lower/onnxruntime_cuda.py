@@ -1,0 +1,109 @@
+"""Lowering for ONNX Runtime's CUDA provider: FP32, FP16 and BF16, attention as operators with fused kernels.
+
+INT8 is not offered: the provider has no integer convolution, no QLinearMatMul and no fused product that quantizes, so
+that a model with QuantizeLinear and DequantizeLinear computes in floating point between them. (Kernel table of
+onnxruntime-gpu 1.31.1: MatMulInteger alone, whose INT32 results need three more passes over memory.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import onnx_ir as ir
+
+from attn_deploy.errors import UnavailableError
+from attn_deploy.export.functions import inline_functions
+from attn_deploy.export.lower.cuda_attention import fuse_attention
+from attn_deploy.export.lower.cuda_bias_gelu import fuse_bias_gelu
+from attn_deploy.export.lower.cuda_kernels import half_kernels
+from attn_deploy.export.lower.cuda_opset import NO_KERNEL_AT_22, raise_for_attention
+from attn_deploy.export.lower.cuda_skip_norm import fuse_skip_norm
+from attn_deploy.export.lower.lowered import Batches, Lowered
+from attn_deploy.export.lower.static_shapes import write_shapes
+from attn_deploy.export.precision.calibration import OpenModel
+from attn_deploy.export.precision.half import to_half
+from attn_deploy.export.precision.half_ranges import collect_magnitudes
+from attn_deploy.export.precision.insert import drop_unused_initializers
+from attn_deploy.export.precision.plan import PrecisionPlan
+from attn_deploy.export.to_onnx import CanonicalModel
+from attn_deploy.target import Precision
+
+PRECISIONS = (Precision.FP32, Precision.FP16, Precision.BF16)
+"""What this recipe offers; any other raises UnavailableError."""
+
+Layout = Literal["nchw", "nhwc"]
+"""How convolutions read their tensors: the tensor cores read channels last; what stands between may have to turn."""
+
+
+def alternatives(canonical: CanonicalModel, precision: Precision) -> list[dict[str, Layout]]:
+    """Keywords of `lower` between which only a measurement can decide. The provider has channels-last kernels for FP32
+    and FP16."""
+    has_conv = any(node.op_type == "Conv" for node in canonical.model.graph)
+    if not has_conv or precision is Precision.BF16:
+        return [{}]
+    return [{"layout": "nhwc"}, {"layout": "nchw"}]
+
+
+def lower(
+    canonical: CanonicalModel,
+    precision: Precision,
+    *,
+    native: frozenset[str] = frozenset(),
+    calibration: Batches | None = None,
+    open_model: OpenModel | None = None,
+    exclude: Sequence[str] = (),
+    layout: Layout = "nchw",
+) -> Lowered:
+    """`native`: forms that stay operators, to be run by the CUDA library. `exclude`: module paths that stay FP32.
+    `calibration` and `open_model` (on the CPU): magnitudes for FP16; without them no range is looked at.
+
+    Raises UnavailableError for a precision that the provider has no kernels for.
+    """
+    _require(canonical, precision)
+    model = canonical.model.clone()
+    raise_for_attention(model)
+    notes = fuse_attention(model, native)
+    inline_functions(model, keep=native)
+    write_shapes(model)
+    fuse_skip_norm(model)
+    fuse_bias_gelu(model)
+    drop_unused_initializers(model)
+    if precision is not Precision.FP32:
+        magnitudes = {}
+        if precision is Precision.FP16 and calibration is not None and open_model is not None:
+            magnitudes = collect_magnitudes(model, calibration(), open_model)
+        kernels = half_kernels(precision, native)
+        notes += to_half(model, precision, magnitudes, keep=exclude, kernels=kernels).notes
+    return Lowered(model, PrecisionPlan(()), bool(model.functions), notes, _options(model, precision, layout))
+
+
+def _require(canonical: CanonicalModel, precision: Precision) -> None:
+    offered = ", ".join(PRECISIONS)
+    if precision not in PRECISIONS:
+        raise UnavailableError(
+            "ONNX Runtime has no CUDA kernels for this precision",
+            got=precision,
+            expected=offered,
+            next_step="--target tensorrt for int8 on a GPU, or --precision fp16",
+        )
+    lost = {n.op_type for n in canonical.model.graph if n.domain == ""} & NO_KERNEL_AT_22
+    if precision is Precision.BF16 and lost:
+        raise UnavailableError(
+            "ONNX Runtime's CUDA provider cannot run this model in bf16",
+            got=", ".join(sorted(lost)),
+            expected="operators with a CUDA kernel at opset 22, where convolutions have a bf16 form",
+            next_step="--precision fp16",
+        )
+
+
+def _options(model: ir.Model, precision: Precision, layout: Layout) -> dict[str, str]:
+    """Options of the provider that the session must be opened with."""
+    options = {}
+    if precision is Precision.FP32:
+        options["use_tf32"] = "0"  # TF32 keeps 11 bits of an operand: it would not be FP32
+    elif any(node.op_type == "SkipLayerNormalization" for node in model.graph):
+        options["enable_skip_layer_norm_strict_mode"] = "1"  # sums in FP32, by name
+    if layout == "nhwc":
+        options["prefer_nhwc"] = "1"
+    return options

@@ -1,0 +1,177 @@
+"""Lowering for TensorRT 10.3 and later: a strongly typed graph of what its ONNX parser takes.
+
+Precision is in the graph alone (TensorRT 11 has no other way, and 10.x is built strongly typed too): FP16 and BF16 by
+casts, INT8 by symmetric signed QuantizeLinear and DequantizeLinear with zero point 0, with the rest in FP16.
+
+    form                       10.3 to 10.16, and FP32 everywhere      11.0 and later, FP16, BF16 and INT8
+    Attention, PackedAttention MatMul, Add, Softmax, MatMul            one Attention of opset 23
+    ... Grouped                the same; key and value heads repeated  heads as they are
+    ... Causal                 a constant triangle in the Add          is_causal, or in the mask where there is one
+    ... Bias, Mask             one Add; rows that see nothing set to 0 one mask, bool or added; such rows set to 0
+    ... Softcap                Tanh in between, which is not fused     the pattern
+    ... Cosine                 unit vectors, head scale on the query   the same before Attention, with scale 1
+    ... Indexed (windows)      one Gather in, one out, constant bias   the same around Attention
+    head_dim not 16..256 by 8  the pattern, fused by Myelin at best    the pattern
+    RotaryEmbedding            its body: Mul, Neg, Concat, Mul, Add    its body: ONNX's has no table for the whole batch
+    RMSNorm written out        as it is, its statistics in FP32        RMSNormalization, from 10.15 on
+    LayerNorm written out      LayerNormalization                      LayerNormalization
+    Gate, pools, other forms   their bodies, fused by Myelin           their bodies
+
+The scale is always on the query or inside Attention, whose parser puts its root on query and key. Attention is the
+default from 11.0 on, as NVIDIA's manual recommends it; before, open reports stand against it (NVIDIA/TensorRT#4705: a
+10.14 build that fails, #4732: wrong numbers in 10.16), and in FP32 no fused kernel is documented. `attention` overrides
+that, so that both can be measured on the device. TRT_decomposable on every Attention lets a GPU without a fused kernel
+for its shape build it from parts instead of failing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from attn_deploy.errors import AttnDeployError, UsageError
+from attn_deploy.export.functions import inline_functions
+from attn_deploy.export.lower.lowered import Batches, Lowered
+from attn_deploy.export.lower.static_shapes import write_shapes
+from attn_deploy.export.lower.tensorrt_attention import OPERATORS, AttentionForm, lower_attention
+from attn_deploy.export.lower.tensorrt_norms import whole_norms
+from attn_deploy.export.lower.tensorrt_operators import (
+    NEWEST,
+    Version,
+    check_parses,
+    check_version,
+    max_opset,
+    version_text,
+)
+from attn_deploy.export.opset import raise_opset
+from attn_deploy.export.precision.calibration import OpenModel
+from attn_deploy.export.precision.half import to_half
+from attn_deploy.export.precision.half_loss import Reference, half_within
+from attn_deploy.export.precision.half_ranges import collect_magnitudes
+from attn_deploy.export.precision.insert import drop_unused_initializers
+from attn_deploy.export.precision.int8_symmetric import int8_symmetric, plan_symmetric
+from attn_deploy.export.precision.plan import PrecisionPlan
+from attn_deploy.export.to_onnx import CanonicalModel, portable
+from attn_deploy.ops import DOMAIN, FORMS
+from attn_deploy.target import Precision
+
+ATTENTION_SINCE: Version = (10, 14)
+ATTENTION_DEFAULT: Version = (11, 0)
+RMS_NORMALIZATION_SINCE: Version = (10, 15)
+DECOMPOSABLE = "TRT_decomposable"
+"""The parser's attribute of Attention: without it a build *fails* where the GPU has no fused kernel for the shape."""
+
+OPERATOR_OPSET = 23
+"""The first with Attention and RMSNormalization."""
+
+
+def default_attention(version: Version, precision: Precision) -> AttentionForm:
+    """What an attention becomes unless asked otherwise; why is said above."""
+    half = precision is not Precision.FP32
+    return AttentionForm.OPERATOR if half and version[:2] >= ATTENTION_DEFAULT else AttentionForm.PATTERN
+
+
+def lower(
+    canonical: CanonicalModel,
+    precision: Precision,
+    *,
+    native: frozenset[str] = frozenset(),
+    calibration: Batches | None = None,
+    open_model: OpenModel | None = None,
+    exclude: Sequence[str] = (),
+    version: Version = NEWEST,
+    attention: AttentionForm | None = None,
+    int8_attention: bool = False,
+) -> Lowered:
+    """`version`: the TensorRT that will parse the model. `exclude`: module paths below which every layer stays in FP32
+    (INT8: in FP16). `calibration` and `open_model`: INT8 needs them, FP16 and BF16 check their blocks with them.
+    `int8_attention`: the products of an attention are quantized too; the pattern then, whatever `attention` says.
+
+    Raises NotAsAskedError for what that version does not parse, naming the node; UsageError for native forms, a version
+    before 10.3, or an attention form that the version lacks.
+    """
+    if native:
+        raise UsageError("TensorRT runs no native operators of ours", got=", ".join(sorted(native)), expected="none")
+    check_version(version)
+    form = attention or default_attention(version, precision)
+    if int8_attention and precision is Precision.INT8:
+        form = AttentionForm.PATTERN
+    if form is AttentionForm.OPERATOR and version[:2] < ATTENTION_SINCE:
+        raise UsageError(
+            "this TensorRT has no Attention operator", got=version_text(version), expected="10.14 or later",
+            next_step="lower with attention=pattern",
+        )  # fmt: skip
+    model = canonical.model.clone()
+    _lower_forms(model, form, version)
+    opset = model.opset_imports[""]
+    plan, notes = PrecisionPlan(()), tuple[str, ...]()
+    if precision is Precision.INT8:
+        plan = plan_symmetric(canonical.model, exclude)
+        notes = _quantize(model, plan, calibration, open_model, int8_attention)
+    elif precision is not Precision.FP32:
+        model, notes = _half(canonical, model, precision, calibration, open_model, exclude)
+    # BF16 convolutions are in ONNX from opset 22 on and in TensorRT's parser at every opset: the number is a label.
+    model.graph.opset_imports[""] = min(model.opset_imports[""], max(opset, max_opset(version)))
+    drop_unused_initializers(model)
+    for node in model.graph:
+        if node.op_type == "Attention":  # last: no runtime but TensorRT takes a model with it
+            node.attributes[DECOMPOSABLE] = ir.AttrInt64(DECOMPOSABLE, 1)
+    check_parses(model, version)
+    return Lowered(model, plan, library=False, notes=notes)
+
+
+def _lower_forms(model: ir.Model, form: AttentionForm, version: Version) -> None:
+    """Our operators as ONNX's, in place."""
+    families = {name for name, f in FORMS.items() if f.operator in OPERATORS}
+    inline_functions(model, keep=frozenset(families))
+    opset = model.opset_imports[""]
+    wants_rms = version[:2] >= RMS_NORMALIZATION_SINCE
+    raised = (form is AttentionForm.OPERATOR or wants_rms) and raise_opset(model, OPERATOR_OPSET)
+    if not raised:
+        form = AttentionForm.PATTERN
+    for node in list(model.graph):
+        if node.domain == DOMAIN and node.op_type in families:
+            lower_attention(model, node, form)
+    inline_functions(model)
+    write_shapes(model)
+    whole_norms(model, rms=raised and wants_rms)
+    write_shapes(model)
+    if not {"Attention", "RMSNormalization"} & {node.op_type for node in model.graph}:
+        model.graph.opset_imports[""] = opset  # older TensorRT can then take the model too
+
+
+def _half(
+    canonical: CanonicalModel, model: ir.Model, precision: Precision, calibration: Batches | None,
+    open_model: OpenModel | None, exclude: Sequence[str],
+) -> tuple[ir.Model, tuple[str, ...]]:  # fmt: skip
+    """In half precision, each block checked against FP32 where there is data to do it with."""
+    if calibration is None or open_model is None:
+        return model, to_half(model, precision, {}, keep=exclude).notes
+    magnitudes = {} if precision is Precision.BF16 else collect_magnitudes(model, calibration(), open_model)
+    reference = Reference(canonical.model, portable(canonical), [site.node for site in canonical.sites])
+    half, loss = half_within(model, precision, magnitudes, reference, calibration, open_model, keep=exclude)
+    notes = loss.plan.notes
+    if not loss.holds:
+        worst = min(loss.outputs.items(), key=lambda item: item[1], default=("", 0.0))
+        notes += (f"{worst[0]} has {worst[1]:.1f} dB in {precision}, {loss.floor_db:g} dB or more is asked",)
+    return half, notes
+
+
+def _quantize(
+    model: ir.Model, plan: PrecisionPlan, calibration: Batches | None, open_model: OpenModel | None, attention: bool
+) -> tuple[str, ...]:
+    """INT8 as `plan` says, in place, and FP16 for the rest."""
+    if calibration is None or open_model is None:
+        raise AttnDeployError("INT8 for TensorRT has static ranges", got="no calibration data", expected="some")
+    magnitudes = collect_magnitudes(model, calibration(), open_model)
+    int8_symmetric(model, plan, calibration, open_model, attention=attention)
+    return to_half(model, Precision.FP16, magnitudes).notes
+
+
+def standard(model: ir.Model) -> ir.Model:
+    """A copy without the attributes that only TensorRT's parser knows: what ONNX and other runtimes take."""
+    copy = model.clone()
+    for node in copy.graph:
+        node.attributes.pop(DECOMPOSABLE, None)
+    return copy

@@ -1,0 +1,66 @@
+"""Magnitudes of all float activations over calibration data, in one pass: what FP16 must hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from attn_deploy.errors import AttnDeployError
+from attn_deploy.export.precision.calibration import OpenModel, observed_copy
+from attn_deploy.export.precision.half_types import is_float, prepare
+from attn_deploy.session import Array
+
+
+def float_activations(model: ir.Model) -> tuple[str, ...]:
+    """Names of the FP32 values that are computed or fed, in graph order; types are inferred where they are missing."""
+    copy = model.clone()
+    prepare(copy, ir.DataType.FLOAT16)
+    values = [*copy.graph.inputs, *(o for node in copy.graph for o in node.outputs)]
+    return tuple(str(v.name) for v in values if is_float(v) and v.name)
+
+
+def collect_magnitudes(
+    model: ir.Model,
+    batches: Iterable[Mapping[str, Array]],
+    open_model: OpenModel,
+    names: Collection[str] | None = None,
+) -> dict[str, float]:
+    """max |x| by value name over all batches, infinite where a value is NaN or infinite; all float activations when no
+    `names` are given. A batch returns one number per activation. Raises AttnDeployError without any batch."""
+    names = list(float_activations(model) if names is None else names)
+    run = open_model(_with_magnitudes(model, names))
+    largest = dict.fromkeys(names, 0.0)
+    batch_count = 0
+    for feeds in batches:
+        batch_count += 1
+        outputs = run(feeds)
+        for name in names:
+            magnitude = float(outputs[f"{name}/magnitude"])
+            largest[name] = max(largest[name], magnitude) if math.isfinite(magnitude) else math.inf
+    if not batch_count:
+        raise AttnDeployError("calibration saw no sample", got=0, expected="at least 1")
+    return largest
+
+
+def _with_magnitudes(model: ir.Model, names: Collection[str]) -> ir.Model:
+    """A copy whose outputs are the magnitudes, each a scalar; NaN where a value is not finite.
+
+    ONNX Runtime's ReduceMax passes over NaN, the sum of the values times zero does not.
+    """
+    copy, values = observed_copy(model)
+    zero = ir.Value(name="calibration/zero", const_value=ir.tensor(np.float32(0.0), name="calibration/zero"))
+    copy.graph.register_initializer(zero)
+    for name in names:
+        absolute = ir.node("Abs", [values[name]], name=f"{name}/Abs")
+        nothing = ir.node("Mul", [absolute.outputs[0], zero], name=f"{name}/nothing")
+        largest = ir.node("ReduceMax", [absolute.outputs[0]], {"keepdims": 0}, name=f"{name}/ReduceMax")
+        total = ir.node("ReduceSum", [nothing.outputs[0]], {"keepdims": 0}, name=f"{name}/ReduceSum")
+        magnitude = ir.node("Add", [largest.outputs[0], total.outputs[0]], name=f"{name}/Add")
+        copy.graph.extend([absolute, nothing, largest, total, magnitude])
+        output = magnitude.outputs[0]
+        output.name, output.shape, output.type = f"{name}/magnitude", ir.Shape([]), ir.TensorType(ir.DataType.FLOAT)
+        copy.graph.outputs.append(output)
+    return copy

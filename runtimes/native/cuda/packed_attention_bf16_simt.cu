@@ -1,0 +1,9 @@
+#include "packed_attention_launch.cuh"
+
+namespace attn_deploy::cuda {
+
+cudaError_t LaunchBfloat16Simt(const PackedAttentionArguments& arguments, dim3 grid, cudaStream_t stream) {
+  return LaunchSimt<Bfloat16>(arguments, grid, stream);
+}
+
+}  // namespace attn_deploy::cuda

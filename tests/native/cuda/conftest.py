@@ -1,0 +1,172 @@
+"""The CUDA library compiled for the host's emulation of a GPU, and one-node models that run on it in ONNX Runtime.
+
+The emulation (emulation/) replaces only device.cuh and the CUDA runtime: kernels, launchers and the adapter are the
+sources that nvcc compiles. Its operators are registered for the CPU provider, so that the installed ONNX Runtime runs
+them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from attn_deploy.ops import DOMAIN, FORMS, VERSION
+
+NATIVE = Path(__file__).parents[3] / "runtimes" / "native"
+CUDA = NATIVE / "cuda"
+EMULATION = Path(__file__).parent / "emulation"
+
+ELEMENT_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
+"""NumPy's name -> TensorProto.DataType."""
+
+Feeds = dict[str, np.ndarray]
+
+
+def compile_emulated(target: Path, *options: str, extra: Sequence[Path] = (), shared: bool = True) -> Path:
+    """Compiles and links all sources of the library, and the emulation, with g++ or clang++."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no g++ or clang++ to compile the emulation")
+    defines = ["EMULATION", 'PROVIDER="CPUExecutionProvider"', 'VERSION="0"', 'CUDA_ARCHITECTURES="emulated"']
+    sources = [*sorted(CUDA.glob("*.cc")), *sorted(EMULATION.glob("[rs]*.cc"))]
+    sources += [NATIVE / f"{name}.cc" for name in ("gate", "ort_adapter", "registration")]
+    command = [
+        compiler, "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *options,
+        *(f"-DATTN_DEPLOY_{define}" for define in defines), f"-I{EMULATION}", f"-I{CUDA}",
+        *(["-shared", "-Wl,--no-undefined"] if shared else []), "-o", str(target), *map(str, [*sources, *extra]),
+        "-x", "c++", *map(str, sorted(CUDA.glob("*.cu"))),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return target
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_emulated(tmp_path_factory.mktemp("emulated_cuda") / "libattn_deploy_cuda_emulated.so", "-O1")
+
+
+@dataclass
+class EmulatedGpu:
+    """The emulated GPU's library, loaded, with what tests can set of it."""
+
+    path: Path
+    functions: ctypes.CDLL
+
+    def set(self, *, multiprocessors: int = 1, compute_capability: int = 90, order: int = 0) -> None:
+        """`order` 0: threads take turns in their order; others are seeds of random ones."""
+        self.functions.emulation_set_device(multiprocessors, compute_capability)
+        self.functions.emulation_set_order(order)
+
+
+@pytest.fixture
+def gpu(emulated: Path) -> EmulatedGpu:
+    made = EmulatedGpu(emulated, ctypes.CDLL(str(emulated)))
+    made.set()
+    return made
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 values rounded to what `dtype` can hold, ties to even."""
+    values = values.astype(np.float32)
+    if dtype == "float16":
+        return values.astype(np.float16).astype(np.float32)
+    if dtype == "bfloat16":
+        bits = values.view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    return values
+
+
+def one_node_model(
+    form_name: str,
+    dtype: str,
+    attributes: dict[str, float | int] | None = None,
+    constants: Feeds | None = None,
+    shapes: dict[str, list[int | str]] | None = None,
+    node_name: str = "block/attention",
+) -> bytes:
+    """A node of the form between casts: inputs and outputs are float32, the node computes in `dtype`."""
+    form = FORMS[form_name]
+    element = ELEMENT_TYPES[dtype]
+    constants, shapes = constants or {}, shapes or {}
+    inputs, nodes, names = [], [], []
+    for operand in form.inputs:
+        own = {"int64": onnx.TensorProto.INT64, "bool": onnx.TensorProto.BOOL}.get(operand.dtype)
+        if operand.name not in constants:
+            onnx_type = own or onnx.TensorProto.FLOAT
+            inputs.append(onnx.helper.make_tensor_value_info(operand.name, onnx_type, shapes.get(operand.name)))
+        names.append(operand.name if own else f"{operand.name}_cast")
+        if not own:
+            nodes.append(onnx.helper.make_node("Cast", [operand.name], [names[-1]], to=element))
+    results = [f"{name}_typed" for name in form.outputs]
+    nodes.append(onnx.helper.make_node(form_name, names, results, domain=DOMAIN, name=node_name, **(attributes or {})))
+    for name, typed in zip(form.outputs, results, strict=True):
+        nodes.append(onnx.helper.make_node("Cast", [typed], [name], to=onnx.TensorProto.FLOAT))
+    outputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in form.outputs]
+    initializers = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "one_node", inputs, outputs, initializers),
+        opset_imports=[onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid(DOMAIN, VERSION)],
+        ir_version=10,
+    )
+    return bytes(model.SerializeToString())
+
+
+def open_session(model: bytes, library: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4  # failed runs are raised; they need no log
+    options.register_custom_ops_library(str(library))
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@dataclass
+class Runner:
+    """Runs a form on the emulated GPU; keeps its sessions."""
+
+    library: Path
+    sessions: dict[tuple[object, ...], onnxruntime.InferenceSession] = field(default_factory=dict)
+
+    def __call__(
+        self, form: str, dtype: str, feeds: Feeds, device: tuple[int, int] = (1, 90), **attributes: float
+    ) -> list[np.ndarray]:
+        """The form's outputs. A kernel learns its device when its session opens: `device` tells sessions apart."""
+        key = (form, dtype, device, *attributes.items())
+        if key not in self.sessions:
+            self.sessions[key] = open_session(one_node_model(form, dtype, dict(attributes)), self.library)
+        outputs: list[np.ndarray] = self.sessions[key].run(None, feeds)
+        return outputs
+
+
+@pytest.fixture(scope="session")
+def run_form(emulated: Path) -> Runner:
+    return Runner(emulated)
+
+
+@pytest.fixture(scope="session")
+def round_to() -> Callable[[np.ndarray, str], np.ndarray]:
+    return rounded
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., bytes]:
+    return one_node_model
+
+
+@pytest.fixture(scope="session")
+def open_model() -> Callable[..., onnxruntime.InferenceSession]:
+    return open_session
+
+
+@pytest.fixture(scope="session")
+def build_emulated() -> Callable[..., Path]:
+    return compile_emulated
