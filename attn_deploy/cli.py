@@ -222,7 +222,14 @@ def validate(
 @app.command()
 def bench(
     items: Annotated[list[str], typer.Argument(metavar="BUNDLE|SOURCE...")],
-    against: Annotated[str, typer.Option(help="Of eager,compile,onnxruntime,openvino; none.")] = "eager,onnxruntime",
+    against: Annotated[
+        str, typer.Option(help="Of eager,compile,onnxruntime, on a CPU openvino, on a GPU tensorrt; none.")
+    ] = "eager,onnxruntime",
+    target: Annotated[str | None, typer.Option(help="Which variant, and where a source's peers run.")] = None,
+    precision: Annotated[str, typer.Option(help="Of a source's peers on a GPU.")] = "fp32",
+    copies: Annotated[
+        bool, typer.Option("--copies/--no-copies", help="Whether copies to and from a GPU count, for everyone alike.")
+    ] = True,
     batch: Annotated[str, typer.Option(help="Batch sizes, for example 1,8.")] = "1",
     input_: Inputs = None,
     graph: GraphName = None,
@@ -238,7 +245,8 @@ def bench(
     with progress_on(_err()) as progress:
         result = benchmark(
             items, against=[] if against == "none" else split_values([against]), batches=batch_sizes(batch),
-            threads=threads, seconds=seconds, inputs=[parse_input(t) for t in input_ or ()], graph=graph,
+            threads=threads, seconds=seconds, inputs=[parse_input(t) for t in input_ or ()],
+            target=target, precision=precision, copies=copies, graph=graph,
             progress=progress,
         )  # fmt: skip
     if csv is not None:

@@ -94,7 +94,7 @@ def require_device(session: Session) -> DeviceSession:
     """Raises UsageError for a session that is not on a GPU."""
     if not isinstance(session, DeviceSession):
         raise UsageError(
-            "the variant does not run on a GPU", got="run_device", expected="a variant for onnxruntime-cuda or tensorrt",
+            "the variant does not run on a GPU", got="run_device", expected="a variant for a GPU",
             next_step="load it with target='tensorrt' or target='onnxruntime-cuda', or call run",
         )  # fmt: skip
     return session

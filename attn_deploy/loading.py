@@ -228,9 +228,10 @@ def graphs_of(manifest: Manifest, name: str | None) -> dict[str, Graph]:
 
 
 def _chosen(manifest: Manifest, graph: str, target: str | None) -> str:
-    """The graph's chosen variant of the given target, or of the first target that this host can run."""
+    """The graph's chosen variant of the given target, or of the first target that this host can run, GPUs first."""
     chosen = manifest.chosen_of(graph)
-    wanted = [parse_target(target)] if target is not None else [Target(t) for t in chosen if t in set(Target)]
+    known = [Target(t) for t in chosen if t in set(Target)]
+    wanted = [parse_target(target)] if target is not None else sorted(known, key=lambda t: not t.on_gpu)
     reasons = []
     for candidate in wanted:
         if candidate not in chosen:

@@ -28,7 +28,7 @@ class DeviceArray:
     def __init__(
         self, buffer: Any, shape: tuple[int, ...], dtype: Any, *, device_id: int, stream: int, ready: Any = None
     ) -> None:
-        """`buffer` is a cuda.core Buffer, `stream` the handle that the data is made on, `ready` the Event when it is."""
+        """`buffer` is a cuda.core Buffer, `stream` the handle that the data is made on, `ready` its Event, if any."""
         self._buffer = buffer
         self.ready = ready
         self.shape = shape

@@ -221,7 +221,7 @@ class _Pinned:
 
     def view(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         memory = (ctypes.c_uint8 * self.size).from_address(self.pointer)
-        return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
+        return np.frombuffer(memoryview(memory), dtype, math.prod(shape)).reshape(shape)
 
     def busy_until(self, event: Any) -> None:
         self._event = event

@@ -62,7 +62,9 @@ def availability() -> str | None:
     if not hasattr(onnxruntime, "InferenceSession"):
         return f"the onnxruntime package is damaged (two flavours over each other?): {REPLACE}"
     if PROVIDER not in onnxruntime.get_available_providers():
-        return f"onnxruntime {onnxruntime.__version__} is the CPU flavour, which takes the place of the other: {REPLACE}"
+        return (
+            f"onnxruntime {onnxruntime.__version__} is the CPU flavour, which takes the place of the other: {REPLACE}"
+        )
     major = _cuda_major()
     reason = cuda_device.availability(major)
     if reason is not None:
@@ -241,7 +243,7 @@ def _chosen(options: Mapping[str, str]) -> dict[str, str]:
 def _provider_options(chosen: Mapping[str, str], device: cuda_device.DeviceStream) -> dict[str, str]:
     given = {name: value for name, value in chosen.items() if name not in _OWN}
     if given["device_id"] == "0":
-        del given["device_id"]  # where it stands, ONNX Runtime 1.31 warns of a plug-in that is not there
+        del given["device_id"]  # another cause of that warning, which `_create` tells of
     return given | {"enable_cuda_graph": chosen["cuda_graph"], "user_compute_stream": str(device.handle)}
 
 
@@ -277,9 +279,12 @@ def _create(model: bytes | Path, settings: Any, provider_options: Mapping[str, s
 
     source = model if isinstance(model, bytes) else str(model)
     where = None if isinstance(model, bytes) else str(model)
+    providers: list[Any] | None = [(PROVIDER, dict(provider_options))]
     try:
-        settings.add_provider(PROVIDER, dict(provider_options))
-        session = onnxruntime.InferenceSession(source, settings, enable_fallback=0)
+        if hasattr(settings, "add_provider"):  # from 1.22; the other way warns in 1.31 of a plug-in that is not there
+            settings.add_provider(PROVIDER, dict(provider_options))
+            providers = None
+        session = onnxruntime.InferenceSession(source, settings, providers=providers, enable_fallback=0)
     except Exception as error:
         raise _rejected(error, where) from error
     if PROVIDER not in session.get_providers():  # it warns and goes on with the CPU

@@ -287,7 +287,7 @@ class OnnxRuntimeCudaSession:
         return self._device.borrow(value.data_ptr(), tuple(value.shape()), dtype, owner=value)
 
     def _forget(self, slot: _Slot) -> None:
-        """Memory ran out: what is kept goes, and a shape that was not captured yet is tried anew when it comes again."""
+        """Memory ran out: what is kept goes; a shape that was not captured yet is tried anew when it comes again."""
         self._kept.clear()
         if not slot.captured:
             self._with_graph = {shapes: other for shapes, other in self._with_graph.items() if other is not slot}

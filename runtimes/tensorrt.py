@@ -48,8 +48,8 @@ def _not_importable(error: ImportError) -> str:
     if "libnvinfer" in text or "libnvonnxparser" in text:
         library = text.split(":")[0]
         return (
-            f"TensorRT's Python bindings are here and its libraries are not ({library}): {INSTALL}, or add the folder of "
-            f"{library} to LD_LIBRARY_PATH"
+            f"TensorRT's Python bindings are here and its libraries are not ({library}): {INSTALL}, or add the folder "
+            f"of {library} to LD_LIBRARY_PATH"
         )
     return f"TensorRT is not installed ({text}): {INSTALL}"
 

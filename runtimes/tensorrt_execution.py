@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ _SEEN = 16
 """Sets of addresses that are remembered: one that comes again is worth a graph."""
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+SETTING_UP = threading.RLock()
+"""Held while a lane or context is made and while a graph is captured: what TensorRT allocates then is not allowed on
+some drivers while any stream is capturing."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,8 @@ class Execution:
         known = self._buffers.get(spec.name)
         if known is None:
             shape = self.output_shapes.get(spec.name) or self.shapes[spec.name]
-            known = self._buffers[spec.name] = self._stream.allocate(shape, spec.dtype)
+            with SETTING_UP:
+                known = self._buffers[spec.name] = self._stream.allocate(shape, spec.dtype)
         return known
 
     def launch(self, addresses: Mapping[str, int]) -> None:
@@ -123,7 +129,8 @@ class Execution:
         """Some engines cannot be captured (loops, conditions on the host): they go on kernel by kernel."""
         self._stream.synchronize()
         try:
-            self._graphs[key] = capture(self._stream, lambda: self._enqueue(addresses))
+            with SETTING_UP:
+                self._graphs[key] = capture(self._stream, lambda: self._enqueue(addresses))
         except AttnDeployError:
             self._use_graphs = False
             self._engine.messages.take_errors()
@@ -142,9 +149,11 @@ class Execution:
         if not context.execute_async_v3(self._stream.handle):
             raise failure("TensorRT cannot run the engine", messages)
 
-    @property
-    def has_graph(self) -> bool:
-        return bool(self._graphs)
+    def profile_with(self, profiler: trt.IProfiler) -> None:
+        """Layers are timed from the next run on. They run one by one: a graph would hide them."""
+        context: trt.IExecutionContext = self._context
+        self._use_graphs = False
+        context.profiler = profiler
 
     def close(self) -> None:
         """Waits for what runs, then gives the buffers and graphs back."""

@@ -18,7 +18,7 @@ from attn_deploy.runtimes.cuda_device import (
     as_device_array,
     is_device_tensor,
 )
-from attn_deploy.runtimes.tensorrt_execution import ALIGNMENT, Engine, Execution, Shapes
+from attn_deploy.runtimes.tensorrt_execution import ALIGNMENT, SETTING_UP, Engine, Execution, Shapes
 from attn_deploy.session import Array, TensorSpec
 
 EXECUTIONS = 8
@@ -43,10 +43,11 @@ class Lane:
         self._profile = profile
         self._inputs, self._outputs = inputs, outputs
         self._graphs = graphs
-        self.stream = DeviceStream(device_id, cuda_major=cuda_major)
         own: trt.ICudaEngine = engine.engine
         size = own.get_device_memory_size_for_profile_v2(profile)
-        self._memory = self.stream.allocate((size,), np.uint8)
+        with SETTING_UP:
+            self.stream = DeviceStream(device_id, cuda_major=cuda_major)
+            self._memory = self.stream.allocate((size,), np.uint8)
         self._executions: OrderedDict[tuple[tuple[int, ...], ...], Execution] = OrderedDict()
         self._held: deque[tuple[Event, list[DeviceArray]]] = deque()
 
@@ -57,10 +58,11 @@ class Lane:
         if known is None:
             if len(self._executions) >= EXECUTIONS:
                 self._executions.popitem(last=False)[1].close()
-            known = self._executions[key] = Execution(
-                self._engine, self._profile, shapes, self._outputs,
-                memory=self._memory, stream=self.stream, graphs=self._graphs,
-            )  # fmt: skip
+            with SETTING_UP:
+                known = self._executions[key] = Execution(
+                    self._engine, self._profile, shapes, self._outputs,
+                    memory=self._memory, stream=self.stream, graphs=self._graphs,
+                )  # fmt: skip
         self._executions.move_to_end(key)
         return known
 

@@ -40,16 +40,15 @@ def _inspect(session: TensorRTSession, arrays: Mapping[str, Array]) -> tuple[str
     """(the inspector's JSON, milliseconds by layer, the profile). Layer by layer: with a profiler there is no graph."""
     with session.lane_for(arrays) as (lane, profile), lane.working():
         execution = lane.execution({name: array.shape for name, array in arrays.items()})
-        context: trt.IExecutionContext = execution.context
         lane.run(arrays)  # the first run loads kernels
         times = LayerTimes()
-        context.profiler = times
+        execution.profile_with(times)
         try:
             lane.run(arrays)
             inspector: trt.EngineInspector | None = session.engine.engine.create_engine_inspector()
             if inspector is None:
                 raise AttnDeployError("TensorRT gives no inspector for the engine")
-            inspector.execution_context = context
+            inspector.execution_context = execution.context
             text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
         finally:
             lane.forget()  # a profiler cannot be taken off a context, and it makes every run slower

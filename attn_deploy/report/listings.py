@@ -100,28 +100,36 @@ def localization_table(found: Localization) -> RenderableType:
 
 
 def benchmark_tables(result: Benchmark) -> RenderableType:
-    """Latency and ratio of every system, batch by batch."""
-    table = _table("item", "system", "batch", "threads", "p50 ms", "p90 ms", "compared")
+    """Latency and ratio of every system, batch by batch; the GPU's own time where its events took it."""
+    on_gpu = any(row.device is not None for row in result.rows)
+    events = ["p50 ms by events"] if on_gpu else []
+    table = _table("item", "system", "batch", "threads", "p50 ms", "p90 ms", *events, "compared")
     for row in result.rows:
         compared = ""
         if row.ratio is not None and row.ratio_ci95 is not None:
             low, high = row.ratio_ci95
             compared = f"{row.ratio:.2f}x the time [{low:.2f}, {high:.2f}]"
         latency = row.latency
+        device = [_ms(row.device.p50_ms) if row.device is not None else ""] if on_gpu else []
         table.add_row(
-            row.item, row.system, str(latency.batch), str(latency.threads), f"{latency.p50_ms:.2f}",
-            f"{latency.p90_ms:.2f}", compared,
+            row.item, row.system, str(latency.batch), str(latency.threads), _ms(latency.p50_ms), _ms(latency.p90_ms),
+            *device, compared,
         )  # fmt: skip
     note = "Each system is compared with the first of its item; more than 1x: the item is faster."
     warnings = [Text(f"warning: {w}", style="yellow") for w in result.warnings]
     return Group(*warnings, table, Text(note, style="dim"))
 
 
+def _ms(value: float) -> str:
+    """A GPU's calls are often shorter than what two decimals tell apart."""
+    return f"{value:.2f}" if value >= 10 else f"{value:.3f}"
+
+
 def benchmark_csv(result: Benchmark) -> str:
     """The rows as CSV, with a header."""
     stream = io.StringIO()
     names = ("item", "system", "batch", "threads", "runs", "p50_ms", "p90_ms", "p99_ms", "mean_ms", "against", "ratio",
-             "ratio_low", "ratio_high", "verdict")  # fmt: skip
+             "ratio_low", "ratio_high", "verdict", "device_p50_ms")  # fmt: skip
     writer = csv.writer(stream)
     writer.writerow(names)
     for row in result.rows:
@@ -129,7 +137,8 @@ def benchmark_csv(result: Benchmark) -> str:
         latency = row.latency
         writer.writerow(
             [row.item, row.system, latency.batch, latency.threads, latency.runs, latency.p50_ms, latency.p90_ms,
-             latency.p99_ms, latency.mean_ms, row.against or "", row.ratio or "", low, high, row.verdict or ""]
+             latency.p99_ms, latency.mean_ms, row.against or "", row.ratio or "", low, high, row.verdict or "",
+             row.device.p50_ms if row.device is not None else ""]
         )  # fmt: skip
     return stream.getvalue()
 

@@ -54,15 +54,21 @@ class Nodes(Inserter):
     def where(self, condition: ir.Value, kept: ir.Value, other: ir.Value) -> ir.Value:
         return self.op("Where", [condition, kept, other], dtype=kept.dtype or other.dtype)
 
-    def thirds(self, packed: ir.Value, axis: int) -> tuple[ir.Value, ir.Value, ir.Value]:
+    def thirds(self, packed: ir.Value, axis: int) -> tuple[ir.Value, ...]:
         """Three equal parts of `packed` along `axis`."""
+        return self._parts(packed, 3, axis=axis, num_outputs=3)
+
+    def split(self, value: ir.Value, widths: Sequence[int]) -> tuple[ir.Value, ...]:
+        """Parts of `value` along its last axis."""
+        return self._parts(value, len(widths), self.ints(*widths), axis=-1)
+
+    def _parts(self, value: ir.Value, count: int, *sizes: ir.Value, **attributes: int) -> tuple[ir.Value, ...]:
         self._count += 1
         name = f"{self._prefix}/Split_{self._count}"
-        outputs = [ir.Value(name=f"{name}_{part}", type=ir.TensorType(FLOAT)) for part in ("query", "key", "value")]
-        node = ir.node("Split", [packed], {"axis": axis, "num_outputs": 3}, outputs=outputs, name=name)
+        outputs = [ir.Value(name=f"{name}_part_{part}", type=ir.TensorType(FLOAT)) for part in range(count)]
+        node = ir.node("Split", [value, *sizes], attributes, outputs=outputs, name=name)
         self.model.graph.insert_before(self.node, node)
-        query, key, value = outputs
-        return query, key, value
+        return tuple(outputs)
 
 
 def constant_of(value: ir.Value | None) -> Array | None:

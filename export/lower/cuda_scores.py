@@ -105,7 +105,7 @@ def _masked(
         if lengths.extra:
             known = np.pad(known, [(0, 0)] * 3 + [(0, lengths.extra)], constant_values=False)
         keep = nodes.const(known)
-        rows = known.any(-1, keepdims=True)
+        rows: Array = np.asarray(known.any(-1, keepdims=True))
         seen = None if rows.all() else nodes.const(np.moveaxis(rows, 1, 2))
         return Added(_where_kept(nodes, keep, bias, lengths, query), False, seen)
     assert mask is not None

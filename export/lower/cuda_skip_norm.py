@@ -1,5 +1,6 @@
-"""x + y, and LayerNormalization of the sum, as one SkipLayerNormalization, whose fourth output is the sum.
+"""x + y, and the norm of the sum, as one operator, whose fourth output is the sum.
 
+LayerNormalization becomes SkipLayerNormalization, RMSNormalization SkipSimplifiedLayerNormalization.
 The bias of the linear layer that made y goes in as well. A Reshape between sum and norm that keeps the channels is
 looked through: the operator reads [batch, tokens, channels], and reshapes around it move nothing.
 """
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from attn_deploy.export.lower.cuda_nodes import FLOAT, Nodes, static
+
+FUSED = {"LayerNormalization": "SkipLayerNormalization", "RMSNormalization": "SkipSimplifiedLayerNormalization"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ def fuse_skip_norm(model: ir.Model) -> int:
     """In place; returns how many were fused."""
     fused = 0
     for node in list(model.graph):
-        match = _match(node) if node.op_type == "LayerNormalization" else None
+        match = _match(node) if node.op_type in FUSED and node.domain == "" else None
         if match is not None:
             _replace(model, match)
             fused += 1
@@ -38,8 +41,9 @@ def fuse_skip_norm(model: ir.Model) -> int:
 
 
 def _match(norm: ir.Node) -> _Match | None:
-    x, scale, bias = (*norm.inputs, None)[:3]
-    if x is None or scale is None or bias is None or any(o.uses() for o in norm.outputs[1:]):
+    x, weights = norm.inputs[0], norm.inputs[1:]
+    expected = 2 if norm.op_type == "LayerNormalization" else 1
+    if x is None or len(weights) != expected or None in weights or any(o.uses() for o in norm.outputs[1:]):
         return None
     rank = len(x.shape) if x.shape is not None else 0
     axis = norm.attributes["axis"].as_int() if "axis" in norm.attributes else -1
@@ -47,7 +51,7 @@ def _match(norm: ir.Node) -> _Match | None:
     channels = static(x, -1) if rank > 1 else None
     if channels is None or axis not in (-1, rank - 1) or stash != 1:
         return None
-    if any(v.shape is None or list(v.shape) != [channels] for v in (scale, bias)):
+    if any(w is None or w.shape is None or list(w.shape) != [channels] for w in weights):
         return None
     add = _behind_reshapes(x, channels).producer()
     if add is None or add.op_type != "Add" or not _restorable(add.outputs[0]) or not _restorable(norm.outputs[0]):
@@ -116,12 +120,12 @@ def _replace(model: ir.Model, match: _Match) -> None:
     terms = [_tokens(nodes, t, match.channels) for t in (match.second, match.first)]
     outputs = [ir.Value(name=f"{norm.name}/{part}", type=ir.TensorType(FLOAT)) for part in ("normalized", "sum")]
     keeps_sum = _read_elsewhere(add.outputs[0], norm, match.channels)
-    inputs = [*terms, norm.inputs[1], norm.inputs[2], *([match.bias] if match.bias is not None else [])]
+    inputs = [*terms, *norm.inputs[1:], *([match.bias] if match.bias is not None else [])]
     unused = [ir.Value(name=""), ir.Value(name="")]
     fused = ir.node(
-        "SkipLayerNormalization", inputs, {"epsilon": epsilon}, domain="com.microsoft",
+        FUSED[norm.op_type], inputs, {"epsilon": epsilon}, domain="com.microsoft",
         outputs=[outputs[0], *unused, outputs[1]] if keeps_sum else outputs[:1],
-        name=f"{norm.name}/SkipLayerNormalization",
+        name=f"{norm.name}/{FUSED[norm.op_type]}",
     )  # fmt: skip
     fused.metadata_props.update(norm.metadata_props)
     model.graph.insert_before(add, fused)

@@ -11,16 +11,20 @@ from collections.abc import Sequence
 from typing import Literal
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from attn_deploy.errors import UnavailableError
 from attn_deploy.export.functions import inline_functions
 from attn_deploy.export.lower.cuda_attention import fuse_attention
 from attn_deploy.export.lower.cuda_bias_gelu import fuse_bias_gelu
 from attn_deploy.export.lower.cuda_kernels import half_kernels
+from attn_deploy.export.lower.cuda_linear import merge_linears
 from attn_deploy.export.lower.cuda_opset import NO_KERNEL_AT_22, raise_for_attention
-from attn_deploy.export.lower.cuda_skip_norm import fuse_skip_norm
+from attn_deploy.export.lower.cuda_rotary import fuse_rotary
+from attn_deploy.export.lower.cuda_skip_norm import FUSED, fuse_skip_norm
 from attn_deploy.export.lower.lowered import Batches, Lowered
 from attn_deploy.export.lower.static_shapes import write_shapes
+from attn_deploy.export.lower.tensorrt_norms import whole_norms
 from attn_deploy.export.precision.calibration import OpenModel
 from attn_deploy.export.precision.half import to_half
 from attn_deploy.export.precision.half_ranges import collect_magnitudes
@@ -62,12 +66,16 @@ def lower(
     """
     _require(canonical, precision)
     model = canonical.model.clone()
-    raise_for_attention(model)
+    has_rms_norm = raise_for_attention(model)
     notes = fuse_attention(model, native)
+    fuse_rotary(model, native)
     inline_functions(model, keep=native)
     write_shapes(model)
+    whole_norms(model, rms=has_rms_norm)
     fuse_skip_norm(model)
     fuse_bias_gelu(model)
+    merge_linears(model, exclude)
+    RemoveUnusedNodesPass()(model)
     drop_unused_initializers(model)
     if precision is not Precision.FP32:
         magnitudes = {}
@@ -102,7 +110,7 @@ def _options(model: ir.Model, precision: Precision, layout: Layout) -> dict[str,
     options = {}
     if precision is Precision.FP32:
         options["use_tf32"] = "0"  # TF32 keeps 11 bits of an operand: it would not be FP32
-    elif any(node.op_type == "SkipLayerNormalization" for node in model.graph):
+    elif any(node.op_type in FUSED.values() for node in model.graph):
         options["enable_skip_layer_norm_strict_mode"] = "1"  # sums in FP32, by name
     if layout == "nhwc":
         options["prefer_nhwc"] = "1"

@@ -72,6 +72,14 @@ def default_attention(version: Version, precision: Precision) -> AttentionForm:
     return AttentionForm.OPERATOR if half and version[:2] >= ATTENTION_DEFAULT else AttentionForm.PATTERN
 
 
+def attention_forms(version: Version, precision: Precision) -> tuple[AttentionForm, ...]:
+    """The forms worth measuring on a device, the default first."""
+    default = default_attention(version, precision)
+    if precision is Precision.FP32 or version[:2] < ATTENTION_SINCE:
+        return (default,)
+    return (default, *(form for form in AttentionForm if form is not default))
+
+
 def lower(
     canonical: CanonicalModel,
     precision: Precision,

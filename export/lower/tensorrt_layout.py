@@ -64,13 +64,15 @@ class Builder(Inserter):
         return self.constant(f"constant_{self._constants}", array)
 
     def transpose(self, x: ir.Value, *perm: int) -> ir.Value:
-        """Two in a row are one."""
+        """Two in a row are one, or none where the second undoes the first."""
         producer = x.producer()
         if producer is not None and producer.op_type == "Transpose" and not producer.domain:
             before = producer.attributes.get_ints("perm")
             source = producer.inputs[0]
             if before is not None and source is not None:
                 x, perm = source, tuple(before[p] for p in perm)
+        if perm == tuple(range(len(perm))):
+            return x
         return self.op("Transpose", [x], dtype=x.dtype, perm=list(perm))
 
     def reshape(self, x: ir.Value, *dims: int) -> ir.Value:

@@ -8,7 +8,7 @@ squared noise. A batch returns two numbers per block, and the memory does not gr
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -44,11 +44,12 @@ class Reference:
 
 @dataclass(frozen=True)
 class BlockLoss:
-    """One block on the reference's values. `nodes` are those of the graph that `to_half` was given. `kept`: it went
-    back to FP32, and `sqnr_db` is what it had lost before; `reason` says so."""
+    """One block, which makes `value` from `inputs`, on the reference's values. `nodes` are those of the graph that
+    `to_half` was given. `kept`: it went back to FP32, and `sqnr_db` is what it had before; `reason` says why."""
 
     module: str
     value: str
+    inputs: tuple[str, ...]
     nodes: tuple[str, ...]
     sqnr_db: float
     kept: bool = False
@@ -85,8 +86,9 @@ def half_within(
 ) -> tuple[ir.Model, HalfLoss]:
     """The half graph of `model` (left as it is) in which no block loses more than its floor, as far as there is one.
 
-    Blocks below the floor go back to FP32; when every block holds alone and the model does not, the worst ones do,
-    until it holds or nothing is left to go back. Ranges, masks and rules are those of `to_half`.
+    Blocks below the floor go back to FP32. One that loses too much even then, since it is given what is rounded, takes
+    those with it that make its inputs. When every block holds alone and the model does not, the worst go back, until it
+    holds or nothing is left. Ranges, masks and rules are those of `to_half`.
     """
     floor = BLOCK_MIN_SQNR_DB[precision] if floor_db is None else floor_db
     names = {str(node.name) for node in model.graph}
@@ -96,8 +98,9 @@ def half_within(
         lossy = {name: row.reason for row in kept.values() for name in row.nodes}
         plan = to_half(half, precision, magnitudes, keep=keep, lossy=lossy, kernels=kernels)
         rows, outputs = measure(half, precision, reference, batches(), open_model, names)
-        open_rows = [row for row in rows if row.value not in kept and _has_half(row, plan)]
-        worst = _to_put_back(open_rows, outputs, floor)
+        starved = [row for row in rows if row.value in kept and row.sqnr_db < floor]
+        half_rows = [row for row in rows if row.value not in kept and _has_half(row, plan)]
+        worst = _to_put_back(half_rows, starved, outputs, floor)
         if not worst:
             shown = tuple(kept.get(row.value, row) for row in rows)
             return half, HalfLoss(plan, shown, outputs, floor)
@@ -109,21 +112,35 @@ def _has_half(row: BlockLoss, plan: HalfPlan) -> bool:
     return any(name not in kept for name in row.nodes)
 
 
-def _to_put_back(rows: Sequence[BlockLoss], outputs: Mapping[str, float], floor_db: float) -> list[BlockLoss]:
+def _to_put_back(
+    rows: Sequence[BlockLoss], starved: Sequence[BlockLoss], outputs: Mapping[str, float], floor_db: float
+) -> list[BlockLoss]:
+    """Of `rows`, which are half; `starved` went back before and are still below the floor."""
+    asked = f"{floor_db:g} dB or more is asked"
     below = [row for row in rows if row.sqnr_db < floor_db]
     if below:
-        return [_put_back(row, f"{row.sqnr_db:.1f} dB alone, {floor_db:g} dB or more is asked") for row in below]
+        return [_put_back(row, f"{row.sqnr_db:.1f} dB alone, {asked}") for row in below]
+    feeding = {name: row for row in starved for name in row.inputs}
+    sources = [row for row in rows if row.value in feeding]
+    if sources:
+        readers = [feeding[row.value] for row in sources]
+        return [
+            _put_back(
+                row, f"{reader.module or reader.value} has {reader.sqnr_db:.1f} dB on its rounded result, {asked}"
+            )
+            for row, reader in zip(sources, readers, strict=True)
+        ]
     whole = min(outputs.values(), default=EXACT_DB)
-    lossy = sorted((row for row in rows if row.sqnr_db < EXACT_DB), key=lambda row: row.sqnr_db)
     if whole >= floor_db:
         return []
-    reason = f"alone; the whole model has {whole:.1f} dB, {floor_db:g} dB or more is asked"
+    lossy = sorted((row for row in rows if row.sqnr_db < EXACT_DB), key=lambda row: row.sqnr_db)
     count = max(1, int(len(lossy) * AT_ONCE))
+    reason = f"alone; the whole model has {whole:.1f} dB, {asked}"
     return [_put_back(row, f"{row.sqnr_db:.1f} dB {reason}") for row in lossy[:count]]
 
 
 def _put_back(row: BlockLoss, reason: str) -> BlockLoss:
-    return BlockLoss(row.module, row.value, row.nodes, row.sqnr_db, True, reason)
+    return replace(row, kept=True, reason=reason)
 
 
 def measure(
@@ -159,7 +176,7 @@ def measure(
         raise AttnDeployError("the loss of blocks was asked for without any sample", got=0, expected="at least 1")
     decibels = [_decibel(s, n) for s, n in zip(signal, noise, strict=True)]
     rows = [
-        BlockLoss(block.module, block.value, _names(block, names), db)
+        BlockLoss(block.module, block.value, block.candidate.input_names, _names(block, names), db)
         for block, db in zip(blocks.in_order, decibels, strict=False)
     ]
     return rows, dict(zip(whole, decibels[len(rows) :], strict=True))

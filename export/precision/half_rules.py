@@ -270,7 +270,20 @@ def _angles(model: ir.Model) -> set[ir.Node]:
 
 
 _TAIL = frozenset(
-    {"Add", "Sub", "Mul", "Div", "Tanh", "Sigmoid", "Softmax", "LogSoftmax", "Reshape", "Squeeze", "Flatten", "Identity"}
+    {
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Tanh",
+        "Sigmoid",
+        "Softmax",
+        "LogSoftmax",
+        "Reshape",
+        "Squeeze",
+        "Flatten",
+        "Identity",
+    }
 )
 
 
@@ -295,7 +308,9 @@ def _between(model: ir.Model, reasons: Reasons) -> None:
     for node in model.graph:
         if node.op_type in MOVEMENT and node not in reasons:
             floats = [v for v in node.inputs if v is not None and is_float(v) and v.const_value is None]
-            if floats and all(v.producer() is None or v.producer() in reasons or v.producer() in behind for v in floats):
+            if floats and all(
+                v.producer() is None or v.producer() in reasons or v.producer() in behind for v in floats
+            ):
                 behind.add(node)
     ahead: set[ir.Node] = set()
     for node in reversed(model.graph):

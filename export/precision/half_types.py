@@ -152,9 +152,7 @@ def _only_types_differ(node: ir.Node, old: int, new: int) -> bool:
         return before is after
     if node.op_type == "GroupNormalization":  # from 21 on, one scale per channel instead of one per group
         return False
-    parameters = [
-        [(p.name, p.option) for p in ps] for s in (before, after) for ps in (s.inputs, s.outputs)
-    ]
+    parameters = [[(p.name, p.option) for p in ps] for s in (before, after) for ps in (s.inputs, s.outputs)]
     kept = all(
         name in after.attributes and after.attributes[name].default_value == attribute.default_value
         for name, attribute in before.attributes.items()

@@ -93,8 +93,8 @@ def _reason_not_built() -> str:
 
 
 def library_text(path: Path, function_name: str, next_step: str = _REINSTALL) -> str:
-    """The text that a library's `const char*(void)` function returns; raises UnavailableError, with `next_step`, when the
-    library does not load or lacks the function."""
+    """The text that a library's `const char*(void)` function returns; raises UnavailableError, with `next_step`, when
+    the library does not load or lacks the function."""
     try:
         function = getattr(ctypes.CDLL(str(path)), function_name)
     except (OSError, AttributeError) as error:

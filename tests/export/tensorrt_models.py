@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -192,12 +192,12 @@ def operator_counts(model: ir.Model) -> Counter[str]:
     return Counter(node.op_type for node in model.graph)
 
 
-def on_the_scores(model: ir.Model) -> list[str]:
-    """The operators other than Add that stand between a product of two activations and a softmax: what keeps TensorRT
-    from fusing the two."""
+def on_the_scores(model: ir.Model, sites: Sequence[str] = ("",)) -> list[str]:
+    """The operators other than Add that stand between a product of two activations and the softmax of one of `sites`
+    (names of our operators): what keeps TensorRT from fusing the two."""
     found = []
     for node in model.graph:
-        if node.op_type != "Softmax":
+        if node.op_type != "Softmax" or not str(node.name).startswith(tuple(sites)):
             continue
         value = node.inputs[0]
         while value is not None and (producer := value.producer()) is not None and producer.op_type != "MatMul":

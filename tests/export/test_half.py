@@ -22,10 +22,25 @@ from attn_deploy.target import Precision
 sys.path.insert(0, str(Path(__file__).parent))
 
 from half_models import (
-    BF16, FP16, HALF_IR, HALVES, LOWEST, MLP, MLP_WEIGHTS, Array, X, halved, kept, network, normal, run, types,
+    BF16,
+    FP16,
+    HALF_IR,
+    HALVES,
+    LOWEST,
+    MLP,
+    MLP_WEIGHTS,
+    Array,
+    X,
+    halved,
+    kept,
+    network,
+    normal,
+    run,
+    types,
 )  # fmt: skip
 
 # -- types -----------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("precision", [FP16, BF16])
 def test_a_network_becomes_half_between_one_cast_in_and_one_cast_out(precision: Precision) -> None:
@@ -164,7 +179,8 @@ def test_each_rule_keeps_its_node_and_no_other(middle: str, weights: dict[str, A
 
 
 def test_bf16_has_the_range_of_float32() -> None:
-    model = chain("[m__Mul] p = Mul (h, c) [m__Add] g = Add (p, e)", c=np.array(1e6, np.float32), e=np.array(1e-6, np.float32))  # fmt: skip
+    constants = {"c": np.array(1e6, np.float32), "e": np.array(1e-6, np.float32)}
+    model = chain("[m__Mul] p = Mul (h, c) [m__Add] g = Add (p, e)", **constants)
     assert halved(model, BF16, {"x": normal(2, 4, 8)}).kept == ()
 
 
@@ -356,9 +372,7 @@ def masked(spelling: str, low: float) -> ir.Model:
 @pytest.mark.parametrize("spelling", [REPLACED, ADDED, MULTIPLIED], ids=["replaced", "added", "multiplied"])
 @pytest.mark.parametrize("low", [LOWEST, -1e9, -1e12, -65504.0, -1e4], ids=["lowest", "-1e9", "-1e12", "half", "-1e4"])
 @pytest.mark.parametrize("precision", [FP16, BF16])
-def test_a_mask_is_clamped_and_its_range_keeps_nothing_float32(
-    spelling: str, low: float, precision: Precision
-) -> None:
+def test_a_mask_is_clamped_and_its_range_keeps_nothing_float32(spelling: str, low: float, precision: Precision) -> None:
     """Sample 0 has two tokens; of sample 1 every token is masked: no NaN there either."""
     q = normal(2, 4, 8)
     feeds = {"q": q, "mask": np.array([[[True, True, False, False]], [[False] * 4]])}

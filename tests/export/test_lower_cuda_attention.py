@@ -18,6 +18,7 @@ import pytest
 from attn_deploy.export.functions import attach_functions, inline_functions
 from attn_deploy.export.lower.cuda_attention import ATTENTION, TABLE, fuse_attention
 from attn_deploy.export.lower.cuda_operator import MAX_HEADS
+from attn_deploy.export.lower.cuda_rotary import fuse_rotary
 from attn_deploy.ops import DOMAIN, FORMS, Form
 from attn_deploy.parity import sqnr_db
 
@@ -104,13 +105,13 @@ def model_of(site: Case, opset: int, *, symbols: Mapping[int, str] | None = None
         value = ir.Value(name=operand.name, type=ir.TensorType(KINDS[str(array.dtype)]))
         if operand.name in site.constants:
             value.const_value = ir.tensor(array, name=operand.name)
-        batched = operand.name in ("query", "key", "value", "qkv", "mask")
+        batched = operand.name in ("x", "query", "key", "value", "qkv", "mask")
         value.shape = ir.Shape(
             ["batch" if axis == 0 and batched else named.get(size, size) for axis, size in enumerate(array.shape)]
         )
         inputs.append(value)
     output = ir.Value(name="output", type=ir.TensorType(ir.DataType.FLOAT))
-    output.shape = ir.Shape([None] * (4 if site.form.operator == "Attention" else 3))
+    output.shape = ir.Shape([None] * (3 if site.form.operator == "PackedAttention" else 4))
     node = ir.node(
         site.form.name, inputs, dict(site.attributes), domain=DOMAIN, outputs=[output],
         name=f"block.attn/{site.form.name}",
@@ -270,6 +271,22 @@ def test_native_forms_are_left_alone() -> None:
     model = model_of(case("PackedAttentionIndexedBias", Sizes()), STANDARD)
     assert fuse_attention(model, frozenset({"PackedAttentionIndexedBias"})) == ()
     assert operators(model) == ["PackedAttentionIndexedBias"]
+
+
+@pytest.mark.parametrize("name", ["RotaryEmbedding", "RotaryEmbeddingInterleaved"])
+def test_a_rotary_embedding_with_constant_tables_is_one_operator(name: str) -> None:
+    rng = np.random.default_rng(0)
+    x, angles = rng.standard_normal((3, 5, 4, 8)).astype(np.float32), rng.random((1, 5, 4)).astype(np.float32)
+    spread = np.repeat(angles, 2, -1) if name.endswith("Interleaved") else np.concatenate([angles, angles], -1)
+    apart = rng.random((1, 5, 8)).astype(np.float32)
+    for table, fused in ((spread, 1), (spread + apart * 1e-7, 1), (apart, 0)):
+        operands = {"x": x, "cos": np.cos(table), "sin": np.sin(table)}
+        site = Case(FORMS[name], operands, {}, frozenset({"cos", "sin"}))
+        model = model_of(site, STANDARD)
+        assert fuse_rotary(model) == fused
+        inline_functions(model)
+        require_same(site, model)
+    assert fuse_rotary(model_of(replace(site, constants=frozenset()), STANDARD)) == 0
 
 
 def test_the_table_has_a_row_for_every_part_of_a_name() -> None:

@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 
 from attn_deploy.export.lower.cuda_bias_gelu import fuse_bias_gelu
+from attn_deploy.export.lower.cuda_linear import merge_linears
 from attn_deploy.export.lower.cuda_opset import raise_for_attention
 from attn_deploy.export.lower.cuda_skip_norm import fuse_skip_norm
 from attn_deploy.parity import sqnr_db
@@ -30,16 +31,18 @@ WEIGHTS = {
     "bias": normal(8, seed=2),
     "scale": normal(8, seed=3),
     "shift": normal(8, seed=4),
+    "wide": normal(8, 16, seed=5),
+    "bias_wide": normal(16, seed=6),
     "to_grid": np.array([0, 2, 3, 8]),
     "to_tokens": np.array([0, 6, 8]),
 }
 
 
-def network(body: str, outputs: str = "float[batch, 6, 8] out", grid: bool = False) -> ir.Model:
+def network(body: str, outputs: str = "float[batch, 6, 8] out", grid: bool = False, opset: int = 20) -> ir.Model:
     """`x` and `y` [batch, 6, 8] ([batch, 2, 3, 8] with `grid`) -> `outputs`, by `body`; shapes are inferred."""
     shape = "float[batch, 2, 3, 8]" if grid else "float[batch, 6, 8]"
     proto = onnx.parser.parse_model(
-        f'<ir_version: 10, opset_import: ["" : 20]>\nnet ({shape} x, {shape} y) => ({outputs})\n{{\n{body}\n}}'
+        f'<ir_version: 10, opset_import: ["" : {opset}]>\nnet ({shape} x, {shape} y) => ({outputs})\n{{\n{body}\n}}'
     )
     used = {name for node in proto.graph.node for name in node.input}
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(w, n) for n, w in WEIGHTS.items() if n in used)
@@ -86,6 +89,14 @@ def test_a_sum_and_its_norm_are_one_operator() -> None:
     assert operators(fused) == {"SkipLayerNormalization": 1}
     assert fused.graph[0].name == "block/LayerNormalization_1/SkipLayerNormalization"
     assert [o.name for o in fused.graph.outputs] == ["out"]
+
+
+def test_a_norm_by_the_root_mean_square_too() -> None:
+    body = "sum = Add (x, linear) more = Relu (sum) out = RMSNormalization <axis = -1, epsilon = 0.01> (sum, scale)"
+    model = network(f"{LINEAR} {body}", "float[batch, 6, 8] out, float[batch, 6, 8] more", opset=23)
+    fused = fused_norm(model)
+    assert operators(fused) == {"MatMul": 1, "SkipSimplifiedLayerNormalization": 1, "Relu": 1}
+    assert len(fused.graph[1].inputs) == 4
 
 
 def test_the_bias_of_the_layer_before_goes_in() -> None:
@@ -168,6 +179,42 @@ def test_a_bias_and_its_gelu_are_one_operator(kind: str, operator: str) -> None:
 )
 def test_another_gelu_is_left_alone(body: str, outputs: str) -> None:
     assert fuse_bias_gelu(network(body, outputs)) == 0
+
+
+LAYERS = (
+    "a = MatMul (x, weight) first = Add (a, bias) b = MatMul (x, wide) second = Add (bias_wide, b) "
+    "left, right = Split <axis = -1, num_outputs = 2> (second) sum = Add (first, left) out = Mul (sum, right)"
+)
+
+
+def test_layers_that_read_the_same_are_one_product() -> None:
+    model = network(LAYERS, "float[batch, 6, 8] out, float[batch, 6, 8] first")
+    fused = model.clone()
+    assert merge_linears(fused) == 1
+    assert operators(fused)["MatMul"] == 1
+    assert [n.name for n in fused.graph][:3] == [f"block/MatMul_0/{o}" for o in ("MatMul_1", "Add_2", "Split_3")]
+    assert [o.name for o in fused.graph[2].outputs] == ["first", "second"]
+    require_same(model, fused)
+
+
+def test_layers_without_a_bias_are_merged_apart_from_those_with_one() -> None:
+    model = network(
+        "a = MatMul (x, weight) b = MatMul (x, wide) c = MatMul (x, weight) d = Add (c, bias) "
+        "left, right = Split <axis = -1, num_outputs = 2> (b) e = Mul (a, left) f = Mul (d, right) out = Add (e, f)"
+    )
+    fused = model.clone()
+    assert merge_linears(fused) == 1
+    assert operators(fused)["MatMul"] == 2
+    require_same(model, fused)
+
+
+def test_excluded_layers_are_not_merged() -> None:
+    model = network(LAYERS)
+    model.graph[2].name = "block.other/MatMul"
+    assert merge_linears(model.clone(), ["block.other"]) == 0
+    assert merge_linears(model.clone(), ["others"]) == 0  # of another module
+    model.graph[2].name = "block/MatMul"
+    assert merge_linears(model, ["others"]) == 1
 
 
 def test_the_opset_is_raised_only_where_no_kernel_is_lost() -> None:

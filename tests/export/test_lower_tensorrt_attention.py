@@ -12,7 +12,7 @@ import pytest
 
 from attn_deploy.errors import UsageError
 from attn_deploy.export.functions import inline_functions
-from attn_deploy.export.lower.tensorrt import AttentionForm, default_attention, lower, standard
+from attn_deploy.export.lower.tensorrt import AttentionForm, attention_forms, default_attention, lower, standard
 from attn_deploy.export.lower.tensorrt_attention import OPERATORS
 from attn_deploy.ops import FORMS
 from attn_deploy.parity import sqnr_db
@@ -34,6 +34,7 @@ from tensorrt_models import (
     operator_counts,
 )
 
+FLOAT = ir.DataType.FLOAT
 NAMES = [name for name, form in FORMS.items() if form.operator in OPERATORS]
 MIN_DB = 110.0
 """FP32 against float64 on a few hundred terms: 130 dB and more were measured."""
@@ -151,6 +152,34 @@ def test_a_head_size_without_a_fused_kernel_stays_the_pattern(head_dim: int) -> 
     assert (counts["Attention"], counts["Softmax"]) == (0, 1)
 
 
+def test_values_of_another_size_than_the_keys_stay_the_pattern() -> None:
+    given = operands("Attention", 2)
+    given["value"] = np.concatenate([given["value"]] * 2, axis=-1)
+    model = lower(canonical("Attention", given, scale=SCALE), Precision.FP32, attention=AttentionForm.OPERATOR).model
+    assert operator_counts(model)["Attention"] == 0
+    (got,) = open_model(model)(given).values()
+    assert sqnr_db(expected("Attention", given), got) >= MIN_DB
+
+
+def test_a_transpose_before_the_site_and_the_lowering_s_own_are_one() -> None:
+    """Key and value as a model keeps them, heads first: nothing is left to move."""
+    given = operands("Attention", 3)
+    exported = canonical("Attention", given, scale=SCALE)
+    node = exported.model.graph[0]
+    for index, name in ((1, "key"), (2, "value")):
+        before = ir.Value(name=f"{name}_by_head", shape=ir.Shape(["batch", 4, 7, 16]), type=ir.TensorType(FLOAT))
+        exported.model.graph.inputs[index] = before
+        outputs = [ir.Value(name=name, shape=ir.Shape(["batch", 7, 4, 16]), type=ir.TensorType(FLOAT))]
+        turned = ir.node("Transpose", [before], {"perm": [0, 2, 1, 3]}, outputs=outputs, name=f"blocks.0/{name}")
+        exported.model.graph.insert_before(node, turned)
+        node.replace_input_with(index, outputs[0])
+    model = lower(exported, Precision.FP32).model
+    assert operator_counts(model)["Transpose"] == 3  # query, the key's last two axes, and back
+    by_head = {f"{name}_by_head": given[name].transpose(0, 2, 1, 3) for name in ("key", "value")}
+    (got,) = open_model(model)(given | by_head).values()
+    assert sqnr_db(expected("Attention", given), got) >= MIN_DB
+
+
 def test_a_negative_scale_stays_the_pattern() -> None:
     """The parser takes its square root."""
     given = operands("Attention", 2)
@@ -166,6 +195,13 @@ def test_the_default_follows_version_and_precision() -> None:
     assert {default_attention((11, 0), p) for p in halves} == {AttentionForm.OPERATOR}
     assert {default_attention((10, 16), p) for p in halves} == {AttentionForm.PATTERN}
     assert default_attention((11, 4), Precision.FP32) is AttentionForm.PATTERN
+
+
+def test_both_forms_are_to_be_measured_where_there_are_two() -> None:
+    assert attention_forms((11, 4), Precision.FP16) == (AttentionForm.OPERATOR, AttentionForm.PATTERN)
+    assert attention_forms((10, 15), Precision.BF16) == (AttentionForm.PATTERN, AttentionForm.OPERATOR)
+    assert attention_forms((10, 13), Precision.FP16) == (AttentionForm.PATTERN,)
+    assert attention_forms((11, 4), Precision.FP32) == (AttentionForm.PATTERN,)
 
 
 def test_a_version_without_the_operator_refuses_it() -> None:

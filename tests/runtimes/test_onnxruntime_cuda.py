@@ -1,4 +1,5 @@
-"""ONNX Runtime on CUDA where it cannot run: what is missing is named with its command; and which nodes must be on the GPU.
+"""ONNX Runtime on CUDA where it cannot run: what is missing is named with its command. And which nodes must be on the
+GPU.
 
 What needs a session is in upon_stand_ins/ (calls) and test_gpu_onnxruntime.py (numbers, on a GPU)."""
 
@@ -27,7 +28,8 @@ import cuda_stand_ins
 from cuda_stand_ins import libraries
 
 GPU, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-needs_wheel = pytest.mark.skipif(cuda_stand_ins.missing() is not None, reason=str(cuda_stand_ins.missing()))
+_REASON = cuda_stand_ins.missing_for_sessions()
+needs_wheel = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 TELL = "from attn_deploy.runtimes import onnxruntime_cuda; print(onnxruntime_cuda.availability())"
 
 
@@ -68,7 +70,8 @@ def test_without_cuda_core_the_command_is_told(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['cuda.core'] = None\n")
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment["PYTHONPATH"]])
     reason = told(environment)
-    assert reason.startswith("cuda-core is not installed") and reason.endswith("pip install 'cuda-core[cu13]'")
+    assert reason.startswith("cuda-core is not installed")
+    assert reason.endswith("pip install 'cuda-core[cu13]'")
 
 
 @needs_wheel
@@ -76,7 +79,8 @@ def test_without_cuda_core_the_command_is_told(tmp_path: Path) -> None:
 def test_without_a_driver_the_driver_is_asked_for(tmp_path: Path) -> None:
     environment = libraries.environment(tmp_path)  # no stand-ins
     reason = told(environment)
-    assert reason.startswith("no NVIDIA driver") and "install NVIDIA driver 580 or newer" in reason
+    assert reason.startswith("no NVIDIA driver")
+    assert "install NVIDIA driver 580 or newer" in reason
 
 
 @needs_wheel
@@ -135,13 +139,16 @@ def test_long_lists_of_nodes_are_cut() -> None:
     assigned = [(f"n{i}", "Softmax", CPU) for i in range(20)]
     with pytest.raises(NotAsAskedError) as caught:
         onnxruntime_cuda.check_assignment(assigned)
-    assert str(caught.value.got).startswith("20 of 20 elsewhere: n0 (Softmax), ") and str(caught.value.got).endswith("n7 (Softmax), ...")
+    shown = ", ".join(f"n{i} (Softmax)" for i in range(8))
+    assert caught.value.got == f"20 of 20 elsewhere: {shown}, ..."
 
 
 # -- small rules ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [np.zeros(3), torch.zeros(3), torch.zeros(3, requires_grad=True), [1.0], "text"], ids=repr)
+@pytest.mark.parametrize(
+    "value", [np.zeros(3), torch.zeros(3), torch.zeros(3, requires_grad=True), [1.0], "text"], ids=repr
+)
 def test_what_is_in_host_memory_is_no_tensor_of_the_gpu(value: Any) -> None:
     assert not is_device_tensor(value)
 

@@ -16,7 +16,8 @@ import cuda_stand_ins
 CHECKS = sorted(Path(__file__).with_name("upon_stand_ins").glob("check_*.py"))
 RUN = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
-pytestmark = pytest.mark.skipif(cuda_stand_ins.missing() is not None, reason=str(cuda_stand_ins.missing()))
+_REASON = cuda_stand_ins.missing_for_sessions()
+pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 
 
 @pytest.mark.parametrize("file", CHECKS, ids=[path.stem for path in CHECKS])

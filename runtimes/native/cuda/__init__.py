@@ -1,10 +1,10 @@
 """The CUDA library: where it is, which ONNX operators it has, and why it is missing when it is.
 
 Only finds and reads the library; `SessionOptions.register_custom_ops_library(str(library_path()))` makes ONNX Runtime's
-CUDA provider use it. A session takes either it or the CPU library: both fill the domain `attn_deploy`, which ONNX Runtime
-takes once. Every form is there for float32, float16 and bfloat16; all operands of a node but indices and masks have its
-type. PackedAttention has head_dim up to MAX_HEAD_DIM; multiples of 8 are fast. Without the library every operator runs
-as its ONNX function body. Reading it needs no GPU and no driver.
+CUDA provider use it. A session takes either it or the CPU library: both fill the domain `attn_deploy`, which ONNX
+Runtime takes once. Every form is there for float32, float16 and bfloat16; all operands of a node but indices and masks
+have its type. PackedAttention has head_dim up to MAX_HEAD_DIM; multiples of 8 are fast. Without the library every
+operator runs as its ONNX function body. Reading it needs no GPU and no driver.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def status() -> CudaStatus:
 
 
 def sources() -> tuple[list[Path], list[Path]]:
-    """The files that the library is compiled from, and the headers they include; none where the package has no sources."""
+    """The files that the library is compiled from, and their headers; none where the package has no sources."""
     compiled = [*sorted(_HERE.glob("*.cu")), *sorted(_HERE.glob("*.cc"))]
     compiled += [_HERE.parent / name for name in _SHARED_SOURCES if compiled]
     headers = [*sorted(_HERE.glob("*.cuh")), *sorted(_HERE.glob("*.h")), *sorted(_HERE.parent.glob("*.h"))]

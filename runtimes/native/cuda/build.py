@@ -69,9 +69,8 @@ def _candidates() -> Iterator[Path]:
 
 def _package_roots() -> list[Path]:
     """Folders of NVIDIA's pip packages, as site-packages/nvidia/cu13."""
-    return [
-        root for entry in sys.path if entry for root in sorted(Path(entry).glob("nvidia/cu[0-9]*")) if root.is_dir()
-    ]
+    found = (root for entry in sys.path if entry for root in sorted(Path(entry).glob("nvidia/cu[0-9]*")))
+    return [root for root in found if root.is_dir()]
 
 
 def compile_command(compiler: Compiler, target: Path, architectures: Sequence[str] = ARCHITECTURES) -> list[str]:
@@ -88,6 +87,7 @@ def compile_command(compiler: Compiler, target: Path, architectures: Sequence[st
     linker = f"--version-script={exports},-z,nodelete,--no-undefined"
     return [
         str(compiler.nvcc), "-shared", "-std=c++17", "-O3", "--cudart", "static", "--threads", "0",
+        "-Xfatbin", "-compress-all",
         "-Xcompiler", "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden", "-Xlinker", linker,
         f'-DATTN_DEPLOY_VERSION="{_version()}"',
         f'-DATTN_DEPLOY_CUDA_ARCHITECTURES="{",".join(architectures)}"',
@@ -99,9 +99,8 @@ def compile_command(compiler: Compiler, target: Path, architectures: Sequence[st
 
 def _architecture_flags(name: str) -> list[str]:
     number, _, kind = name.partition("-")
-    codes = {"real": [f"sm_{number}"], "virtual": [f"compute_{number}"]}.get(
-        kind, [f"sm_{number}", f"compute_{number}"]
-    )
+    machine, portable = f"sm_{number}", f"compute_{number}"
+    codes = {"real": [machine], "virtual": [portable]}.get(kind, [machine, portable])
     return ["-gencode", f"arch=compute_{number},code=[{','.join(codes)}]"]
 
 

@@ -31,18 +31,20 @@ ELEMENT_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
 Feeds = dict[str, np.ndarray]
 
 
-def compile_emulated(target: Path, *options: str, extra: Sequence[Path] = (), shared: bool = True) -> Path:
-    """Compiles and links all sources of the library, and the emulation, with g++ or clang++."""
+def compile_emulated(target: Path, *options: str, extra: Sequence[Path] = (), program: bool = False) -> Path:
+    """Compiles and links the sources of the library, and the emulation, with g++ or clang++; a program has only the
+    kernels and what `extra` has."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no g++ or clang++ to compile the emulation")
-    defines = ["EMULATION", 'PROVIDER="CPUExecutionProvider"', 'VERSION="0"', 'CUDA_ARCHITECTURES="emulated"']
-    sources = [*sorted(CUDA.glob("*.cc")), *sorted(EMULATION.glob("[rs]*.cc"))]
-    sources += [NATIVE / f"{name}.cc" for name in ("gate", "ort_adapter", "registration")]
+    defines = ["EMULATION", "PROVIDER=emulation::Provider()", 'VERSION="0"', 'CUDA_ARCHITECTURES="emulated"']
+    adapter = [*sorted(CUDA.glob("*.cc")), NATIVE / "ort_adapter.cc", NATIVE / "registration.cc"]
+    sources = [EMULATION / "simulator.cc", EMULATION / "runtime.cc", NATIVE / "gate.cc", *extra]
+    sources += [] if program else adapter
     command = [
         compiler, "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *options,
         *(f"-DATTN_DEPLOY_{define}" for define in defines), f"-I{EMULATION}", f"-I{CUDA}",
-        *(["-shared", "-Wl,--no-undefined"] if shared else []), "-o", str(target), *map(str, [*sources, *extra]),
+        *([] if program else ["-shared", "-Wl,--no-undefined"]), "-o", str(target), *map(str, sources),
         "-x", "c++", *map(str, sorted(CUDA.glob("*.cu"))),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)

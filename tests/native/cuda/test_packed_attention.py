@@ -73,8 +73,8 @@ def attributes_of(form: str, feeds: Feeds) -> dict[str, Any]:
 
 
 def assert_close(form: str, dtype: str, feeds: Feeds, output: np.ndarray) -> None:
-    """Allowed, as a part of the largest value: a rounding of every weight and of the result to `dtype`; float32's scores
-    lose some bits more, since exp() makes an error relative to their size of an error of theirs."""
+    """Allowed, as a part of the largest value: a rounding of every weight and of the result to `dtype`; the scores,
+    which are float32 for every type, lose some bits more: exp() turns their rounding into a relative error."""
     (expected,) = FORMS[form].reference(*feeds.values(), **attributes_of(form, feeds))
     largest = max(float(np.abs(feeds[name]).max()) for name in ("qkv", "fill") if name in feeds)
     allowed = largest * (2.0 * ROUNDING[dtype] + 2.0**-18)

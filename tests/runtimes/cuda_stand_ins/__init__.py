@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cuda_stand_ins.libraries import ROOT, build, environment, missing
+from cuda_stand_ins.libraries import ROOT, build, environment, missing, missing_for_sessions
 
-__all__ = ["Kernel", "Placement", "kernels", "missing", "optimized", "placements", "run_python"]
+__all__ = [
+    "CACHE", "Kernel", "Placement", "build", "kernels", "missing", "missing_for_sessions", "optimized", "placements",
+    "run_python",
+]  # fmt: skip
 
 CACHE = ROOT / "build" / "cuda_stand_ins"
 
@@ -86,5 +89,7 @@ def _ask(question: str, model: bytes, options: dict[str, str] | None, *more: obj
         answer = Path(folder) / "answer.json"
         script = Path(__file__).with_name("ask.py")
         done = run_python(script, question, path, answer, json.dumps(options or {}), *more)
-        assert done.returncode == 0, f"onnxruntime-gpu upon the stand-ins failed ({done.returncode}):\n{done.stderr[-4000:]}"
+        assert done.returncode == 0, (
+            f"onnxruntime-gpu upon the stand-ins failed ({done.returncode}):\n{done.stderr[-4000:]}"
+        )
         return json.loads(answer.read_text())

@@ -57,10 +57,21 @@ def missing() -> str | None:
     return None
 
 
+def missing_for_sessions() -> str | None:
+    """Why our own sessions cannot run upon the stand-ins here, and the command; None when they can."""
+    wheel = onnxruntime_gpu()
+    places = [wheel, Path(sysconfig.get_path("purelib"))] if wheel is not None else []
+    for package in ("cuda/core", "cuda/bindings", "pynvml.py"):
+        if places and not any((place / package).exists() for place in places):
+            return f"{package} is not here: {INSTALL}"
+    return missing()
+
+
 def build(folder: Path) -> Path:
     """The folder with the libraries, compiled once for the wheel and these sources below `folder`."""
     wheel, cuda = onnxruntime_gpu(), headers()
-    assert wheel is not None and cuda is not None, missing()
+    assert wheel is not None, missing()
+    assert cuda is not None, missing()
     provider = wheel / "onnxruntime" / "capi" / "libonnxruntime_providers_cuda.so"
     key = hashlib.sha256(str((provider.resolve(), provider.stat().st_size, provider.stat().st_mtime_ns)).encode())
     for source in [Path(__file__), *sorted(SOURCES.rglob("*.*"))]:

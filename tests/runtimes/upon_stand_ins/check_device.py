@@ -84,7 +84,9 @@ def test_why_the_driver_does_not_start_is_told(gpu: Any, code: int, words: str) 
 
 def test_a_driver_that_is_too_old_is_told_with_both_versions(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAND_IN_DRIVER", "12040")
-    assert str(availability(13)).startswith("the driver supports CUDA 12.4, and CUDA 13 is needed: install NVIDIA driver 580")
+    assert str(availability(13)).startswith(
+        "the driver supports CUDA 12.4, and CUDA 13 is needed: install NVIDIA driver 580"
+    )
     assert availability(12) is None
 
 
@@ -97,7 +99,12 @@ def test_a_gpu_that_is_not_there_is_unavailable(gpu: Any) -> None:
 def test_facts_come_from_cuda_and_from_nvml(gpu: Any) -> None:
     facts = device_facts()
     assert (facts.compute_capability, facts.cuda_driver, facts.memory_mb) == ("9.0", "13.2", 8192)
-    assert (facts.driver, facts.sm_clock_mhz, facts.memory_clock_mhz, facts.power_w) == ("580.00.00", 1980, 2619, 123.456)
+    assert (facts.driver, facts.sm_clock_mhz, facts.memory_clock_mhz, facts.power_w) == (
+        "580.00.00",
+        1980,
+        2619,
+        123.456,
+    )
     assert facts.power_limit_w is None, "a value that the GPU does not tell"
     assert facts.throttled_by == ("power limit", "idle")
 

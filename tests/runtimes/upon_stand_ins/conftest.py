@@ -1,5 +1,5 @@
-"""Run by tests/runtimes/test_upon_stand_ins.py in a process whose CUDA libraries are stand-ins: copies are real, kernels
-do not run. The files are named so that pytest does not collect them by itself."""
+"""Run by tests/runtimes/test_upon_stand_ins.py in a process whose CUDA libraries are stand-ins: copies are real, and
+kernels do not run. The files are named so that pytest does not collect them by itself."""
 
 from __future__ import annotations
 

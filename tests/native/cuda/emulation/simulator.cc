@@ -241,6 +241,11 @@ void WaitForCopies(int pending) {
   }
 }
 
+const char* Provider() {
+  const char* given = std::getenv("EMULATED_PROVIDER");
+  return given != nullptr ? given : "CPUExecutionProvider";
+}
+
 void Fail(const char* message) {
   std::fprintf(stderr, "emulated GPU: %s\n", message);
   std::abort();

@@ -56,6 +56,10 @@ void CopyAsync(void* target, const void* source);
 void CommitCopies();
 void WaitForCopies(int pending);
 
+// The execution provider that the operators are registered for: $EMULATED_PROVIDER, else the CPU's, so that any ONNX
+// Runtime runs them.
+const char* Provider();
+
 // Ends the program with a message.
 [[noreturn]] void Fail(const char* message);
 void RequireAlignment(const void* pointer, const char* message);

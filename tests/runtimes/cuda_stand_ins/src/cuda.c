@@ -160,8 +160,9 @@ CUresult cuMemPoolGetAttribute(CUmemoryPool from, CUmemPool_attribute attribute,
   return (void)from, (void)attribute, memset(value, 0, attribute <= CU_MEMPOOL_ATTR_REUSE_ALLOW_INTERNAL_DEPENDENCIES ? 4 : 8),
          CUDA_SUCCESS;
 }
-CUresult cuMemPoolSetAttribute(CUmemoryPool from, CUmemPool_attribute attribute, void *value) {
-  return (void)from, (void)attribute, (void)value, CUDA_SUCCESS;
+CUresult cuMemPoolSetAttribute(CUmemoryPool to, CUmemPool_attribute attribute, void *value) {
+  CALL(cuMemPoolSetAttribute, attribute, *(cuuint64_t *)value);
+  return (void)to, CUDA_SUCCESS;
 }
 
 /* -- streams, events, graphs ------------------------------------------------------------------------------------- */
