@@ -5,21 +5,28 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 
 from attn_deploy.choice import Budget
-from attn_deploy.cli_arguments import batch_sizes, dynamic_dims, fused_sites, source_arguments, split_values
+from attn_deploy.cli_arguments import (
+    batch_sizes,
+    dynamic_dims,
+    fused_sites,
+    runtime_options,
+    source_arguments,
+    split_values,
+    tensorrt_version_of,
+)
 from attn_deploy.cli_cache import cache
+from attn_deploy.cli_output import print_json, print_receipt, show_error, unexpected
 from attn_deploy.cli_progress import progress_on
 from attn_deploy.errors import AttnDeployError
 from attn_deploy.inputs import parse_input
-from attn_deploy.target import Precision, Target, parse_precision, parse_target
+from attn_deploy.target import Precision, parse_precision, parse_target
 
 app = typer.Typer(
     name="attn-deploy",
@@ -78,9 +85,18 @@ def export(
     ] = None,
     target: Annotated[list[str] | None, typer.Option(help="Where it shall run [default: what this host has].")] = None,
     precision: Annotated[
-        list[str] | None, typer.Option(help="fp32, fp16 (storage only on a CPU) or int8 [default: fp32 and int8].")
+        list[str] | None,
+        typer.Option(
+            help="fp32, fp16 (on a CPU storage only), bf16 (GPU) or int8 [default: CPU fp32, int8; GPU fp32, fp16]."
+        ),
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Module whose layers stay FP32.")] = None,
+    tensorrt_version: Annotated[
+        str | None, typer.Option(help="TensorRT that will build the engine, for example 10.3 [default: the newest].")
+    ] = None,
+    runtime_option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for sessions on a GPU, for example version_compatible=1.")
+    ] = None,
     data: DataOption = None,
     preprocess: Annotated[str | None, typer.Option(help="JSON file that says how images are prepared.")] = None,
     calibration_samples: Annotated[int, typer.Option(min=1)] = 64,
@@ -111,7 +127,9 @@ def export(
         source_args=source_arguments(source_arg),
         inputs=tuple(parse_input(text) for text in input_ or ()),
         dims=dynamic_dims(dynamic),
-        targets=tuple(parse_target(t) for t in split_values(target)) or (Target.ONNXRUNTIME_CPU,),
+        targets=tuple(parse_target(t) for t in split_values(target)),
+        tensorrt_version=tensorrt_version_of(tensorrt_version),
+        runtime_options=runtime_options(runtime_option),
         precisions=tuple(parse_precision(p) for p in split_values(precision)) or (Precision.FP32, Precision.INT8),
         precisions_asked=bool(precision),
         exclude=tuple(exclude or ()),
@@ -137,13 +155,13 @@ def export(
             receipt = getattr(error, "receipt", None)
             if receipt is not None and not json:
                 progress.stop()
-                _print_receipt(receipt, Console(stderr=True))
+                print_receipt(receipt, Console(stderr=True))
             raise
     if json:
-        _print_json({"bundle": str(result.path), "receipt": result.receipt})
+        print_json({"bundle": str(result.path), "receipt": result.receipt})
         return
     console = Console()
-    _print_receipt(result.receipt, console)
+    print_receipt(result.receipt, console)
     console.print(f"\nWrote [bold]{result.path}[/bold]. Next: attn-deploy run {result.path} INPUT", highlight=False)
 
 
@@ -173,7 +191,7 @@ def inspect(
             drawing=None if heatmap is None else Drawing(heatmap, out), graph=graph,
         )  # fmt: skip
     if json:
-        _print_json(found)
+        print_json(found)
         return
     from attn_deploy.report.listings import inspection_tables
 
@@ -211,7 +229,7 @@ def validate(
             budget=Budget(min_agreement, max_drop, min_sqnr), graph=graph, progress=progress,
         )  # fmt: skip
     if json and validation.passed:
-        _print_json(validation)
+        print_json(validation)
     elif not json:
         from attn_deploy.report.listings import validation_tables
 
@@ -252,7 +270,7 @@ def bench(
     if csv is not None:
         csv.write_text(benchmark_csv(result))
     if json:
-        _print_json(result)
+        print_json(result)
         return
     Console().print(benchmark_tables(result))
 
@@ -272,7 +290,7 @@ def run(
 
     results = run_inputs(bundle, inputs, out=out, top=top, threads=threads, graph=graph)
     if json:
-        _print_json(results)
+        print_json(results)
         return
     from attn_deploy.report.listings import run_tables
 
@@ -303,7 +321,7 @@ def doctor(json: Json = False) -> None:
 
     diagnosis = diagnose()
     if json:
-        _print_json(diagnosis)
+        print_json(diagnosis)
     else:
         from attn_deploy.report.listings import doctor_tables
 
@@ -314,28 +332,6 @@ def doctor(json: Json = False) -> None:
 
 def _err() -> Console:
     return Console(stderr=True)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
-
-
-def _print_receipt(receipt: Any, console: Console) -> None:
-    from attn_deploy.report.terminal import receipt_tables
-
-    console.print(receipt_tables(receipt))
-
-
-def _show_error(error: AttnDeployError, as_json: bool) -> None:
-    if as_json:
-        details = {"what": error.what, **dict(error.details()), "exit_code": error.exit_code}
-        proof = {name: getattr(error, name) for name in ("receipt", "validation") if hasattr(error, name)}
-        _print_json({"error": details, **proof})
-        return
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print("error:", error.what, style="bold red", markup=False)
-    for label, text in error.details():
-        console.print(f"  {label}:".ljust(12) + text, markup=False)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -349,7 +345,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except AttnDeployError as error:
-        _show_error(error, as_json)
+        show_error(error, as_json)
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -357,7 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        return _unexpected(error, as_json)
+        return unexpected(error, as_json)
 
 
 def _dashes(argument: str) -> str:
@@ -366,26 +362,6 @@ def _dashes(argument: str) -> str:
         return argument
     flag, equals, value = argument.partition("=")
     return flag.replace("_", "-") + equals + value
-
-
-def _unexpected(error: Exception, as_json: bool) -> int:
-    """typer's own errors carry an exit code and show themselves; anything else is a fault of ours."""
-    code = getattr(error, "exit_code", None)
-    if isinstance(code, int):
-        message = getattr(error, "format_message", None)
-        if as_json and message is not None:
-            _print_json({"error": {"what": message(), "exit_code": code}})
-        elif hasattr(error, "show"):
-            error.show()
-        return code
-    fault = AttnDeployError(
-        "internal error, a fault of attn-deploy", got=f"{type(error).__name__}: {error}",
-        next_step="report it with the lines above, or those shown with ATTN_DEPLOY_DEBUG=1",
-    )  # fmt: skip
-    if os.environ.get("ATTN_DEPLOY_DEBUG"):
-        traceback.print_exception(error)
-    _show_error(fault, as_json)
-    return fault.exit_code
 
 
 if __name__ == "__main__":

@@ -73,3 +73,24 @@ def dynamic_dims(values: list[str] | None) -> dict[str, DimBounds]:
             )  # fmt: skip
         dims[name] = found
     return dims
+
+
+def runtime_options(values: list[str] | None) -> dict[str, str]:
+    """`NAME=VALUE` pairs, as text: the runtime reads them."""
+    options = {}
+    for text in values or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise UsageError("a runtime option is not understood", got=text, expected="NAME=VALUE")
+        options[name] = value
+    return options
+
+
+def tensorrt_version_of(text: str | None) -> tuple[int, int] | None:
+    """`10.3` or `10.3.0` -> (10, 3)."""
+    if text is None:
+        return None
+    parts = text.split(".")
+    if not 2 <= len(parts) <= 4 or not all(p.isascii() and p.isdigit() for p in parts):
+        raise UsageError("--tensorrt-version is not understood", got=text, expected="MAJOR.MINOR, for example 10.3")
+    return int(parts[0]), int(parts[1])

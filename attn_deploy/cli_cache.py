@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import sys
 from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from attn_deploy.cli_output import print_json
 from attn_deploy.memory import BYTES_PER_MB
 from attn_deploy.runtimes.device_cache import DeviceCache, Entry
 
@@ -25,7 +24,7 @@ def list_entries(json: Json = False) -> None:
     kept = DeviceCache()
     entries = kept.entries()
     if json:
-        _print_json({"folder": str(kept.folder), "limit_bytes": kept.limit_bytes, "entries": entries})
+        print_json({"folder": str(kept.folder), "limit_bytes": kept.limit_bytes, "entries": entries})
         return
     console = Console()
     if entries:
@@ -42,7 +41,7 @@ def clear(json: Json = False) -> None:
     kept = DeviceCache()
     freed = kept.clear()
     if json:
-        _print_json({"folder": str(kept.folder), "freed_bytes": freed})
+        print_json({"folder": str(kept.folder), "freed_bytes": freed})
         return
     Console().print(f"Freed {freed / BYTES_PER_MB:.1f} MB in {kept.folder}", soft_wrap=True)
 
@@ -59,7 +58,3 @@ def _table(entries: list[Entry]) -> Table:
 def _short(value: str) -> str:
     """Hashes are told apart by their beginning."""
     return value[:12] + "..." if len(value) > 40 else value
-
-
-def _print_json(value: object) -> None:
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,6 @@ from attn_deploy.parity import parity_cases
 from attn_deploy.progress import Progress
 from attn_deploy.proving import Proof
 from attn_deploy.receipt import MAIN, SCHEMA_VERSION, CandidateEntry, DataEntry, Receipt
-from attn_deploy.runtimes import native
 from attn_deploy.session import BATCH, Array
 from attn_deploy.target import Precision, Target
 
@@ -69,6 +69,16 @@ class GraphExport:
         self.split = self.dataset.split(options.calibration_samples, options.eval_samples, options.seed)
         if self.split.note:
             self.warnings.append(self.split.note)
+        if self.name != MAIN:
+            self._require_fitting(self.split)
+
+    def _require_fitting(self, split: Split) -> None:
+        """Of several graphs only one fits data of a fixed size: that must not be told when the others are built."""
+        try:
+            next(iter(split.judgement.batches(1)), None)
+        except UsageError as error:
+            error.next_step = "give a folder of images, which are prepared for each resolution; or export one by one"
+            raise
 
     def find_and_write(self) -> tuple[RewrittenModel, CanonicalModel]:
         """Capture, recognition, rewriting and canonical ONNX."""
@@ -96,11 +106,14 @@ class GraphExport:
         folder.mkdir(exist_ok=True)
         save_sources(canonical, folder)
         calibration = self._calibration(rewritten.captured)
-        kernels = native.kernel_names()
+        options = self.options
+        extra = {t: runtimes.variant_options(t, canonical.dims, options.runtime_options) for t in options.targets}
+        kernels = {target: runtimes.kernel_names(target) for target in options.targets}
         proofs, not_run = [], []
         for candidate in build_candidates(
             rewritten, canonical, folder, self.options, calibration, _open_model, kernels, self.progress
         ):
+            candidate = replace(candidate, options={**extra[candidate.target], **candidate.options})
             if candidate.target in unavailable:
                 self.not_run.append(candidate)
                 not_run.append(_not_run(candidate, unavailable[candidate.target]))
@@ -190,7 +203,7 @@ class GraphExport:
         candidates = [proving.entry(p, measured.of(p.built.id), batch, self.threads) for p in proofs] + list(not_run)
         chosen = choose(candidates, measured.clearly_faster)
         warnings = [*self.warnings, environment.load_warning(self.host), environment.throttling_note(self.host)]
-        if Precision.FP16 in self.options.precisions:
+        if any(c.precision == Precision.FP16 and c.target == Target.ONNXRUNTIME_CPU for c in candidates):
             warnings.append("fp16 on an x86 CPU is storage only: weights take half the file and are computed in FP32")
         sites = site_entries(rewritten, canonical)
         return Receipt(
@@ -237,7 +250,7 @@ class GraphExport:
                     file.unlink()
                 continue
             files = tuple(f.relative_to(root).as_posix() for f in built.files)
-            library = "attn_deploy_native" if built.library else None
+            library = runtimes.library_name(built.target) if built.library else None
             variants[built.id] = Variant(str(built.target), str(built.precision), files, library, built.options)
         graph = Graph(canonical.inputs, canonical.outputs, canonical.dims, variants, self.source.inputs)
         if self.name == MAIN:

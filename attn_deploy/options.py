@@ -19,14 +19,19 @@ EVAL_SAMPLES = 200
 @dataclass(frozen=True)
 class ExportOptions:
     """`precisions_asked` says that they were named, so that one which fails is an error and not a row of the receipt.
-    A name that stands several times in `inputs` asks for several resolutions, one graph of the bundle for each."""
+    A name that stands several times in `inputs` asks for several resolutions, one graph of the bundle for each.
+    `targets` empty: what the host has; `targets_asked` says that they were named. `tensorrt_version`: of the TensorRT
+    that will build the engine, None for the newest known. `runtime_options`: of the sessions on a GPU."""
 
     source: str = "demo"
     weights: str | None = None
     source_args: Mapping[str, Any] = field(default_factory=dict)
     inputs: Sequence[ExampleInput] = ()
     dims: Mapping[str, DimBounds] = field(default_factory=lambda: {"batch": DimBounds()})
-    targets: Sequence[Target] = (Target.ONNXRUNTIME_CPU,)
+    targets: Sequence[Target] = ()
+    targets_asked: bool = True
+    tensorrt_version: tuple[int, int] | None = None
+    runtime_options: Mapping[str, str] = field(default_factory=dict)
     precisions: Sequence[Precision] = (Precision.FP32, Precision.INT8)
     precisions_asked: bool = False
     exclude: Sequence[str] = ()

@@ -43,8 +43,10 @@ def export_model(out: str | Path, options: ExportOptions, progress: Progress | N
     """
     out, progress = Path(out), progress or Silent()
     bundles.check_free(out, force=options.force)
+    options = _with_targets(options)
     unavailable = _check_targets(options)
     require_export()
+    _check_precisions(options)
     progress.stage("source")
     works = [
         GraphExport(name, source, options, of_graph(progress, name)) for name, source in _load_sources(options).items()
@@ -66,6 +68,19 @@ def export_model(out: str | Path, options: ExportOptions, progress: Progress | N
         receipt = merged(receipts)
         _write(folder, works, graphs, receipt)
     return ExportResult(out, receipt)
+
+
+def _with_targets(options: ExportOptions) -> ExportOptions:
+    if options.targets:
+        return options
+    return replace(options, targets=runtimes.available() or (Target.ONNXRUNTIME_CPU,), targets_asked=False)
+
+
+def _check_precisions(options: ExportOptions) -> None:
+    """Before any work: a precision that no asked target has, or that a named target lacks, is an error."""
+    from attn_deploy.export.lower import pairs
+
+    pairs(options)
 
 
 def _check_targets(options: ExportOptions) -> dict[Target, str]:

@@ -3,8 +3,8 @@
     make bench-gpu        (or: python bench/gpu.py [--models vit swin ...] [--batches 1 32])
 
 For ViT-B/16, Swin-T, SE-ResNet50 and BERT-base in FP16: the export's own proof (parity, 45 dB or more), then latency
-with everything resident on the GPU against eager PyTorch, torch.compile max-autotune, plain ONNX Runtime CUDA and, where
-it is installed, TensorRT of the plain ONNX, at batches 1, 8, 32 and 128; the sum of the kernels' times of one call by
+with everything resident on the GPU against eager PyTorch, torch.compile max-autotune, plain ONNX Runtime CUDA and,
+where it is installed, TensorRT of the plain ONNX, at batches 1, 8, 32 and 128; the sum of the kernels' times of one call by
 CUPTI (through torch.profiler), against the latency with CUDA graphs. Skips with the reason where there is no GPU.
 """
 

@@ -16,8 +16,8 @@ import torch
 from attn_deploy.built import Built
 from attn_deploy.bundle import CANONICAL, PORTABLE
 from attn_deploy.export.capture import CapturedModel
-from attn_deploy.export.lower import RECIPES
-from attn_deploy.export.lower.lowered import Lowered
+from attn_deploy.export.lower import RECIPES, Asked, pairs
+from attn_deploy.export.lower.lowered import Conditions, Lowered
 from attn_deploy.export.precision.calibration import OpenModel
 from attn_deploy.export.precision.half import to_half
 from attn_deploy.export.rewrite import RewrittenModel
@@ -30,15 +30,13 @@ from attn_deploy.target import Precision, Target
 BYTES_PER_MB = 1_000_000
 
 
-class Options(Protocol):
+class Options(Asked, Protocol):
     """The part of the export's options that building reads."""
 
     @property
-    def targets(self) -> Sequence[Target]: ...
-    @property
-    def precisions(self) -> Sequence[Precision]: ...
-    @property
     def exclude(self) -> Sequence[str]: ...
+    @property
+    def tensorrt_version(self) -> tuple[int, int] | None: ...
 
 
 class Report(Protocol):
@@ -58,25 +56,25 @@ def build_candidates(
     options: Options,
     calibration: Callable[[], Iterable[Mapping[str, Array]]],
     open_model: OpenModel,
-    kernels: Sequence[str],
+    kernels: Mapping[Target, Sequence[str]],
     report: Report,
 ) -> Iterator[Built]:
-    """Every target x precision x lowering, written under `variants/`. `kernels` are the forms with a native kernel."""
+    """Every target x precision x lowering, written under `variants/`. `kernels`: the forms that a target's native
+    library has."""
     records = record_sites(rewritten)
     (folder / "variants").mkdir()
-    used = frozenset(s.operator for s in canonical.sites) & frozenset(kernels)
-    plans = [
-        (target, precision, native)
-        for target in options.targets
-        for precision in options.precisions
-        for native in ((frozenset(), used) if used and precision is not Precision.FP16 else (frozenset(),))
-    ]
-    for done, (target, precision, native) in enumerate(plans):
+    plans = []
+    for target, precision in pairs(options):
+        conditions = Conditions(frozenset(kernels.get(target, ())), options.tensorrt_version)
+        found = RECIPES[target].alternatives(canonical, precision, conditions)
+        plans += [(target, precision, alternative) for alternative in found]
+    for done, (target, precision, alternative) in enumerate(plans):
         report.step(done, len(plans))
         lowered = RECIPES[target].lower(
-            canonical, precision, native=native, calibration=calibration, open_model=open_model, exclude=options.exclude
-        )
-        name = f"{target}-{precision}" + ("-native" if native else "")
+            canonical, precision, calibration=calibration, open_model=open_model, exclude=options.exclude,
+            **alternative.arguments,
+        )  # fmt: skip
+        name = f"{target}-{precision}{alternative.suffix}"
         files = save_model(lowered.model, folder / "variants" / f"{name}.onnx")
         yield _built(name, target, precision, files, lowered, canonical, records)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from attn_deploy.session import Array, Session, TensorSpec
+from attn_deploy.session import Array, DimBounds, Session, TensorSpec
 from attn_deploy.target import Target
 
 RUNTIMES: dict[Target, str] = {
@@ -72,6 +72,11 @@ def availability(target: Target) -> str | None:
     return reason
 
 
+def available() -> tuple[Target, ...]:
+    """The targets that this host can run."""
+    return tuple(target for target in Target if availability(target) is None)
+
+
 def open_session(
     target: Target,
     model: bytes | Path,
@@ -110,3 +115,35 @@ def session_options(target: Target) -> dict[str, Any]:
     """The options that every session of the target is opened with, for the receipt."""
     options: dict[str, Any] = dict(runtime(target).OPTIONS)
     return options
+
+
+def kernel_names(target: Target) -> tuple[str, ...]:
+    """The operator forms that the target's native library has on this host; none where there is no such library."""
+    if target is Target.ONNXRUNTIME_CPU:
+        from attn_deploy.runtimes import native
+
+        return native.kernel_names()
+    if target is Target.ONNXRUNTIME_CUDA:
+        from attn_deploy.runtimes.native import cuda
+
+        return cuda.kernel_names()
+    return ()
+
+
+def library_name(target: Target) -> str:
+    """The native library that a variant for the target needs, as the manifest names it."""
+    return "attn_deploy_cuda" if target is Target.ONNXRUNTIME_CUDA else "attn_deploy_native"
+
+
+def variant_options(target: Target, dims: Mapping[str, DimBounds], asked: Mapping[str, str]) -> dict[str, str]:
+    """The options of a variant that do not come from its lowering: what the user asked of a GPU's runtime, and the
+    engine's ranges of dynamic dimensions. Raises UsageError for an option that the runtime does not know."""
+    if not target.on_gpu:
+        return {}
+    found = dict(asked)
+    if target is Target.TENSORRT:
+        from attn_deploy.runtimes.tensorrt_options import profile_options
+
+        found = {**profile_options(dims), **found}
+    runtime(target).check_options(found)
+    return found

@@ -176,9 +176,10 @@ def stream_handle(stream: Any) -> int:
     """The handle of a caller's stream: an int, a torch stream, or what speaks `__cuda_stream__` (cuda.core, CuPy)."""
     if isinstance(stream, int):
         return stream
-    handle = getattr(stream, "cuda_stream", None)
-    if isinstance(handle, int):
-        return handle
+    for attribute in ("cuda_stream", "ptr"):  # of torch; of CuPy before 14
+        handle = getattr(stream, attribute, None)
+        if isinstance(handle, int):
+            return handle
     if hasattr(stream, "__cuda_stream__"):
         return int(stream.__cuda_stream__()[1])
     raise FeedError(

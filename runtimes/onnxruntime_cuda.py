@@ -228,6 +228,11 @@ def _assignment(session: Any) -> list[tuple[str, str, str]]:
     return [(node.name, node.op_type, part.ep_name) for part in parts for node in part.get_nodes()]
 
 
+def check_options(options: Mapping[str, str]) -> None:
+    """Raises UsageError for an option that a session would not understand."""
+    _chosen(options)
+
+
 def _chosen(options: Mapping[str, str]) -> dict[str, str]:
     known = (*_FLAGS, *_SETTINGS, *_OWN)
     for name, value in options.items():

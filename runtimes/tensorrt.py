@@ -5,12 +5,14 @@ Importing this module needs no TensorRT; what does is imported by the calls.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attn_deploy.errors import UnavailableError, UsageError
+from attn_deploy.gpus import nvidia_gpus
 from attn_deploy.runtimes import RunNode, cuda_device, tensorrt_options
 from attn_deploy.runtimes.device_cache import DeviceCache
 from attn_deploy.runtimes.tensorrt_plan import is_plan
@@ -116,6 +118,11 @@ def read_back(
         session.close()
 
 
+def check_options(options: Mapping[str, str]) -> None:
+    """Raises UsageError for an option that a session would not understand."""
+    tensorrt_options.parse(options)
+
+
 def _require() -> None:
     reason = availability()
     if reason is not None:
@@ -170,18 +177,23 @@ def _device(device_id: int) -> Device:
     from cuda.bindings import driver
     from cuda.core import Device as CudaDevice
 
-    from attn_deploy.gpus import nvidia_gpus
     from attn_deploy.runtimes.tensorrt_build import Device
 
     gpu = CudaDevice(device_id)
     gpu.set_current()
     _, supported = driver.cuDriverGetVersion()
     _, _, total = driver.cuMemGetInfo()
-    found = nvidia_gpus()
     facts = {
         "gpu": gpu.name,
         "compute_capability": ".".join(map(str, gpu.compute_capability)),
         "multiprocessors": str(gpu.properties.multiprocessor_count),
-        "driver": f"{(found.driver if found is not None else None) or 'unknown'}, CUDA {supported}",
+        "driver": f"{_driver_version()}, CUDA {supported}",
     }
     return Device(facts, int(total))
+
+
+@functools.cache
+def _driver_version() -> str:
+    """Asked once: where the kernel does not show it, a program has to be run for it."""
+    found = nvidia_gpus()
+    return (found.driver if found is not None else None) or "unknown"

@@ -19,7 +19,6 @@ from attn_deploy.runtimes import RunNode, TensorInfo
 from attn_deploy.runtimes.tensorrt_work import Product
 
 PROVIDER = "TensorRT"
-PREFIX = "trt:"
 
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: (.+?)\](?=[\x1d-\x1f\[\s]|$)")
 _PROFILE = re.compile(r" \[profile (\d+)\]$")
@@ -186,7 +185,7 @@ def run_nodes(
     nodes = [
         EngineNode(
             name=layer.name,
-            op_type=PREFIX + layer.kernel,
+            op_type=layer.kernel,
             provider=PROVIDER,
             inputs=layer.inputs,
             outputs=layer.outputs,
@@ -198,9 +197,7 @@ def run_nodes(
         for index, layer in enumerate(layers)
     ]
     if lost:
-        nodes.append(
-            EngineNode("(named by no layer)", f"{PREFIX}unknown", PROVIDER, (), (), 0.0, (), tuple(lost), "unknown")
-        )
+        nodes.append(EngineNode("(named by no layer)", "unknown", PROVIDER, (), (), 0.0, (), tuple(lost), "unknown"))
     return nodes
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorrt as trt
 
-from attn_deploy.errors import FeedError, NotAsAskedError
+from attn_deploy.errors import AttnDeployError, FeedError, NotAsAskedError
 from attn_deploy.runtimes.cuda_device import DeviceArray, is_device_tensor
 from attn_deploy.runtimes.lane_pool import LanePool
 from attn_deploy.runtimes.tensorrt_execution import Engine, Shapes
@@ -34,19 +34,21 @@ class TensorRTSession:
         profiles: Sequence[Profile], device_id: int, cuda_major: int,
     ) -> None:  # fmt: skip
         """Raises NotAsAskedError when the engine's inputs and outputs are not of the types that the specs say."""
-        self._engine = engine
+        self._engine: Engine | None = engine
         self._inputs, self._outputs = tuple(inputs), tuple(outputs)
         self._profiles = tuple(profiles)
         self._batched = is_batched(inputs, outputs)
         _require_types(engine.engine, [*inputs, *outputs])
 
-        def make(profile: Any) -> Lane:
-            return Lane(
-                engine, profile, self._inputs, self._outputs,
-                graphs=options.cuda_graph, device_id=device_id, cuda_major=cuda_major,
-            )  # fmt: skip
+        self._graphs = options.cuda_graph
+        self._device_id, self._cuda_major = device_id, cuda_major
+        self._lanes: LanePool[Lane] = LanePool(self._lane)
 
-        self._lanes: LanePool[Lane] = LanePool(make)
+    def _lane(self, profile: Any) -> Lane:
+        return Lane(
+            self.engine, profile, self._inputs, self._outputs,
+            graphs=self._graphs, device_id=self._device_id, cuda_major=self._cuda_major,
+        )  # fmt: skip
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -58,6 +60,9 @@ class TensorRTSession:
 
     @property
     def engine(self) -> Engine:
+        """Raises AttnDeployError once the session is closed."""
+        if self._engine is None:
+            raise AttnDeployError("the session is closed", next_step="load the bundle again")
         return self._engine
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
@@ -152,6 +157,7 @@ class TensorRTSession:
     def close(self) -> None:
         """Frees the engine and its memory. Calls that are running end normally; arrays handed out stay."""
         self._lanes.close()
+        self._engine = None
 
 
 def _require_types(engine: trt.ICudaEngine, specs: Sequence[TensorSpec]) -> None:

@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
     {"report.listings"},
     {"benchmarking", "cli_arguments", "cli_cache", "cli_progress", "cli_run", "doctor", "inspection", "validation"},
     {"reference"},
-    {"loading", "pipeline", "run_alone"},
+    {"cli_output", "loading", "pipeline", "run_alone"},
     {"graph_export"},
     {"options"},
     {"intent", "measuring", "verdict"},
@@ -154,7 +154,7 @@ def test_only_the_exporter_imports_networks() -> None:
 
 def test_only_the_command_line_and_its_tables_import_typer_and_rich() -> None:
     users = {m.removeprefix("attn_deploy.") for m in OWN if packages(m) & FOR_THE_TERMINAL}
-    assert users == {"cli", "cli_cache", "cli_progress", "report.listings", "report.terminal"}
+    assert users == {"cli", "cli_cache", "cli_output", "cli_progress", "report.listings", "report.terminal"}
 
 
 # -- in a fresh process ----------------------------------------------------------------------------------------------

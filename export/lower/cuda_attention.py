@@ -17,9 +17,11 @@ from attn_deploy.export.lower.cuda_nodes import FLOAT, Nodes, dims, same_dim, st
 from attn_deploy.export.lower.cuda_operator import (
     KERNEL_MULTIPLE,
     Call,
+    NotFused,
+    Operator,
     attend,
+    choose,
     slow_because,
-    unsupported,
 )
 from attn_deploy.export.lower.cuda_packed import Packed, unit
 from attn_deploy.export.lower.cuda_scores import Added, Lengths, ScoreBias, rows_are_given
@@ -45,8 +47,11 @@ ATTENTION = frozenset({"Attention", "PackedAttention"})
 """Operators of ours, in all their forms, that this lowers."""
 
 
-def fuse_attention(model: ir.Model, native: frozenset[str] = frozenset()) -> tuple[str, ...]:
-    """In place; forms named in `native` are left. Returns what was not fused, and why, a line for each site."""
+def fuse_attention(
+    model: ir.Model, native: frozenset[str] = frozenset(), preferred: Operator = "Attention"
+) -> tuple[str, ...]:
+    """In place; forms named in `native` are left. `preferred`: the operator where two compute the same. Returns what
+    was not fused, and why, a line for each site."""
     opset = model.opset_imports[""]
     shared = ScoreBias()
     notes = []
@@ -54,7 +59,7 @@ def fuse_attention(model: ir.Model, native: frozenset[str] = frozenset()) -> tup
         form = FORMS.get(node.op_type) if node.domain == DOMAIN else None
         if form is None or form.operator not in ATTENTION or form.name in native:
             continue
-        site = _Site(model, node, opset)
+        site = _Site(model, node, opset, preferred)
         reason = site.fuse(shared)
         if reason:
             notes.append(f"{node.name}: {reason}")
@@ -64,9 +69,9 @@ def fuse_attention(model: ir.Model, native: frozenset[str] = frozenset()) -> tup
 class _Site:
     """One attention node: `inputs` by the names of its form."""
 
-    def __init__(self, model: ir.Model, node: ir.Node, opset: int) -> None:
+    def __init__(self, model: ir.Model, node: ir.Node, opset: int, preferred: Operator) -> None:
         self.form = FORMS[node.op_type]
-        self.model, self.node, self.opset = model, node, opset
+        self.model, self.node, self.opset, self.preferred = model, node, opset, preferred
         self.inputs = {i.name: v for i, v in zip(self.form.inputs, node.inputs, strict=True) if v is not None}
         self.scale = node.attributes["scale"].as_float()
         self.softcap = node.attributes["softcap"].as_float() if "softcap" in node.attributes else 0.0
@@ -75,36 +80,36 @@ class _Site:
     def fuse(self, shared: ScoreBias) -> str | None:
         """Replaces the node; returns why it was not, or why its kernels will not be fused."""
         call = self._shape()
-        if isinstance(call, str):
-            return f"inlined: {call}"
+        if isinstance(call, NotFused):
+            return f"inlined: {call.reason}"
         nodes = Nodes(self.model, self.node)
         if "index" in self.inputs:
             return self._fuse_windows(nodes, call)
         lengths = Lengths(static(call.query, 1), static(call.key, 1))
-        folds = _folds_causal(call, lengths)
-        reason = unsupported(replace(call, causal=False) if folds else call, self.opset)
+        folded = replace(call, causal=False) if _folds_causal(call, lengths) else call
+        operator = choose(folded, self.preferred, self.opset)
         mask = self.inputs.get("mask")
-        if reason is None and mask is not None and not rows_are_given(mask):
-            reason = "a mask of unknown shape"
-        if reason is not None:
-            return f"inlined: {reason}"
-        return self._fuse_whole(nodes, call, shared)
+        if mask is not None and not rows_are_given(mask):
+            operator = NotFused("a mask of unknown shape")
+        if isinstance(operator, NotFused):
+            return f"inlined: {operator.reason}"
+        return self._fuse_whole(nodes, call, operator, shared)
 
-    def _shape(self) -> Call | str:
+    def _shape(self) -> Call | NotFused:
         """The call with its numbers alone; its tensors are made when it is known to fit."""
         query = self.inputs.get("qkv") or self.inputs["query"]
         key, value = self.inputs.get("key", query), self.inputs.get("value", query)
         packed = "qkv" in self.inputs
         sizes = [static(t, axis) for t in (query, key, value) for axis in ((3, 4) if packed else (2, 3))]
         if any(size is None for size in sizes):
-            return f"heads or head_dim are no numbers: {dims(query)}"
+            return NotFused(f"heads or head_dim are no numbers: {dims(query)}")
         heads, head_dim, kv_heads, _, _, value_dim = (size or 0 for size in sizes)
         return Call(
             query, key, value, heads, kv_heads, head_dim, value_dim, self.scale, causal=self.causal,
             square=same_dim(query, key, 1), softcap=self.softcap,
         )  # fmt: skip
 
-    def _fuse_whole(self, nodes: Nodes, call: Call, shared: ScoreBias) -> str | None:
+    def _fuse_whole(self, nodes: Nodes, call: Call, operator: Operator, shared: ScoreBias) -> str | None:
         query_len, key_len = static(call.query, 1), static(call.key, 1)
         bias, mask = self.inputs.get("bias"), self.inputs.get("mask")
         has_bias = bias is not None or mask is not None
@@ -117,7 +122,7 @@ class _Site:
         )
         query, key, value = self._tensors(nodes, lengths)
         call = replace(call, query=query, key=key, value=value, bias=added.bias, causal=added.causal)
-        result = _cut(nodes, attend(nodes, call, self.opset), added, call)
+        result = _cut(nodes, attend(nodes, call, operator), added, call)
         if "qkv" not in self.inputs:
             result = nodes.reshape(result, 0, 0, call.heads, call.value_dim)
         replace_node(self.model, self.node, result)
@@ -149,18 +154,20 @@ class _Site:
             yield merged
 
     def _fuse_windows(self, nodes: Nodes, call: Call) -> str | None:
-        windows = cuda_windows.plan(self.node, self.inputs, call.heads, self.opset)
-        if isinstance(windows, str):
-            return f"inlined: {windows}"
-        reason = unsupported(cuda_windows.folded(windows, call), self.opset)
-        if reason is not None:
-            return f"inlined: {reason}"
+        windows = cuda_windows.plan(self.node, self.inputs, call.heads)
+        if isinstance(windows, NotFused):
+            return f"inlined: {windows.reason}"
+        operator = choose(cuda_windows.folded(windows, call), self.preferred, self.opset)
+        if isinstance(operator, NotFused):
+            return f"inlined: {operator.reason}"
+        if operator == "MultiHeadAttention":
+            windows = replace(windows, queries=windows.keys)
         qkv = self.inputs["qkv"]
         packed = Packed(nodes, qkv, self.inputs.get("head_scale"))
         query, key, value = cuda_windows.gathered(nodes, packed, windows, self.inputs.get("fill"))
         bias = cuda_windows.bias_of(nodes, windows, self.inputs, qkv)
         call = cuda_windows.folded(windows, replace(call, query=query, key=key, value=value, bias=bias))
-        result = attend(nodes, call, self.opset)
+        result = attend(nodes, call, operator)
         replace_node(self.model, self.node, cuda_windows.scattered(nodes, windows, result, packed.channels))
         slow = slow_because(call, windows.keys.shape[1])
         return f"one operator, but not a fused kernel: {slow}" if slow else None

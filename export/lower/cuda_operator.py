@@ -1,25 +1,31 @@
 """One attention as an operator that ONNX Runtime's CUDA provider has fused kernels for.
 
-Read from onnxruntime-gpu 1.31.1: its table of kernels and the messages in its CUDA library, with the sources of that
-time for the conditions.
+`Attention` of ONNX (opset 23) and com.microsoft `MultiHeadAttention` both read [batch, length, heads * head_dim] in
+place. Which kernels they take was asked of onnxruntime-gpu 1.31.1 itself, run upon stand-ins for NVIDIA's libraries
+(compute capability 9; tests/export/test_lower_cuda_kernels.py):
 
-ai.onnx `Attention` (opset 23) is taken where the model can be at opset 23. Its kernels for FP32, FP16 and BF16 are
-tried in this order: cuDNN (FP16 and BF16, compute capability 9 and later), flash (FP16 and BF16, no bias, head_dim a
-multiple of 8 up to 256), memory-efficient (a bias needs a key length that is a multiple of 4; grouped heads only in
-FP16 and BF16, head_dim a multiple of 8), else products and a softmax. It takes kv_heads fewer than heads, a soft cap
-before the bias, and reads [batch, length, heads * head_dim] in place.
+| | Attention | MultiHeadAttention |
+| --- | --- | --- |
+| FP16, BF16 | flash; memory-efficient with a bias | cuDNN, with and without a bias |
+| FP32 | memory-efficient; products and a softmax for grouped heads | products and a softmax below 256 tokens |
+| grouped heads, soft cap | yes | no |
+| causal | from the first key | from the last: query and key must be equally long |
+| opset | 23 and later | any |
 
-com.microsoft `MultiHeadAttention` is taken below opset 23. It has the same kernels, reads the same layout, but knows
-neither grouped heads nor a cap, and counts a causal row from the last key: so query and key must be equally long.
+A bias needs a key length that is a multiple of 4 for the memory-efficient kernels. Which of the two is faster depends
+on the device, so both are offered.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import onnx_ir as ir
 
 from attn_deploy.export.lower.cuda_nodes import FLOAT, Nodes
+
+Operator = Literal["Attention", "MultiHeadAttention"]
 
 STANDARD_OPSET = 23
 """From here on Attention is an operator of ONNX."""
@@ -53,29 +59,42 @@ class Call:
     softcap: float = 0.0
 
 
-def unsupported(call: Call, opset: int) -> str | None:
-    """Why neither operator computes the call; None when one does."""
+@dataclass(frozen=True)
+class NotFused:
+    """Why no operator computes a call."""
+
+    reason: str
+
+
+def choose(call: Call, preferred: Operator, opset: int) -> Operator | NotFused:
+    """The operator that computes the call, `preferred` where both do."""
     if call.scale <= 0:
-        return f"scale {call.scale:g} is not positive"
+        return NotFused(f"scale {call.scale:g} is not positive")
     if call.kv_heads != call.heads and call.head_dim != call.value_dim:
-        return f"grouped heads with head_dim {call.head_dim} and value_dim {call.value_dim}"
-    if opset >= STANDARD_OPSET:
-        return None
+        return NotFused(f"grouped heads with head_dim {call.head_dim} and value_dim {call.value_dim}")
+    reason = _beyond_multi_head(call)
+    if opset >= STANDARD_OPSET and (preferred == "Attention" or reason is not None):
+        return "Attention"
+    return "MultiHeadAttention" if reason is None else NotFused(f"{reason} below opset {STANDARD_OPSET}")
+
+
+def _beyond_multi_head(call: Call) -> str | None:
+    """Why MultiHeadAttention does not compute the call."""
     if call.kv_heads != call.heads:
-        return f"grouped heads below opset {STANDARD_OPSET}"
+        return "grouped heads"
     if call.softcap:
-        return f"a soft cap below opset {STANDARD_OPSET}"
+        return "a soft cap"
     if call.causal and not call.square:
-        return f"causal with a query and key of other lengths below opset {STANDARD_OPSET}"
+        return "causal with a query and key of other lengths"
     if call.heads > MAX_HEADS:
         return f"{call.heads} heads"
     return None
 
 
-def attend(nodes: Nodes, call: Call, opset: int) -> ir.Value:
-    """[batch, query_len, heads * value_dim]. `unsupported` gave None for the call."""
+def attend(nodes: Nodes, call: Call, operator: Operator) -> ir.Value:
+    """[batch, query_len, heads * value_dim], by the operator that `choose` gave for the call."""
     tensors: list[ir.Value | None] = [call.query, call.key, call.value]
-    if opset >= STANDARD_OPSET:
+    if operator == "Attention":
         return nodes.op(
             "Attention", [*tensors, call.bias] if call.bias is not None else tensors, dtype=FLOAT,
             q_num_heads=call.heads, kv_num_heads=call.kv_heads, is_causal=int(call.causal), scale=call.scale,

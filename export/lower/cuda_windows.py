@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from attn_deploy.export.lower.cuda_nodes import FLOAT, Nodes, constant_of
-from attn_deploy.export.lower.cuda_operator import KERNEL_MULTIPLE, MAX_HEADS, STANDARD_OPSET, Call
+from attn_deploy.export.lower.cuda_operator import KERNEL_MULTIPLE, MAX_HEADS, Call, NotFused
 from attn_deploy.export.lower.cuda_packed import Packed
 from attn_deploy.export.lower.cuda_scores import padded_array
 from attn_deploy.session import Array
@@ -38,18 +38,17 @@ class Windows:
     in_heads: bool
 
 
-def plan(node: ir.Node, inputs: dict[str, ir.Value], heads: int, opset: int) -> Windows | str:
-    """The reason, where an index is computed and no constant."""
+def plan(node: ir.Node, inputs: dict[str, ir.Value], heads: int) -> Windows | NotFused:
+    """Without what fills up the queries, which only one of the operators needs."""
     index = constant_of(inputs["index"])
     which = constant_of(inputs["bias_index"]) if "bias_index" in inputs else None
     if index is None or ("bias_index" in inputs and which is None):
-        return "the index map is computed in the model"
+        return NotFused("the index map is computed in the model")
     extra = -index.shape[1] % KERNEL_MULTIPLE if which is not None else 0
     keys = np.pad(index, ((0, 0), (0, extra)))
-    queries = keys if opset < STANDARD_OPSET else index
     several = which is not None and len(np.unique(which)) > 1
     in_heads = several and index.shape[0] * heads <= MAX_HEADS
-    return Windows(index, queries, keys, node.attributes["tokens"].as_int(), in_heads)
+    return Windows(index, index, keys, node.attributes["tokens"].as_int(), in_heads)
 
 
 def gathered(nodes: Nodes, packed: Packed, windows: Windows, fill: ir.Value | None) -> tuple[ir.Value, ...]:

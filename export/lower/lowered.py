@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx_ir as ir
 
@@ -12,6 +13,24 @@ from attn_deploy.session import Array
 
 Batches = Callable[[], Iterable[Mapping[str, Array]]]
 """Calibration feeds; called once for each pass over them."""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One of the ways to lower for a target and precision, between which only a measurement can decide. `suffix` ends
+    the candidate's id; `arguments` are keywords of the recipe's `lower`."""
+
+    suffix: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What recipes know of the host: `kernels` are the forms that the target's native library has there, `tensorrt`
+    the version that will build the engine, None for the newest known."""
+
+    kernels: frozenset[str] = frozenset()
+    tensorrt: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from attn_deploy.export.functions import inline_functions
-from attn_deploy.export.lower.lowered import Batches, Lowered
+from attn_deploy.export.lower.lowered import Alternative, Batches, Conditions, Lowered
 from attn_deploy.export.precision.calibration import OpenModel, collect_ranges
 from attn_deploy.export.precision.fp16 import store_fp16
 from attn_deploy.export.precision.insert import drop_unused_initializers
@@ -16,6 +16,18 @@ from attn_deploy.export.precision.int8_linear import quantize_linear
 from attn_deploy.export.precision.plan import PrecisionPlan, Scheme, plan_int8, weighted_nodes
 from attn_deploy.export.to_onnx import CanonicalModel
 from attn_deploy.target import Precision
+
+PRECISIONS = (Precision.FP32, Precision.FP16, Precision.INT8)
+DEFAULTS = (Precision.FP32, Precision.INT8)
+
+
+def alternatives(canonical: CanonicalModel, precision: Precision, conditions: Conditions) -> tuple[Alternative, ...]:
+    """Function bodies, and where the native library has kernels for the model's forms those too. The kernels are FP32
+    alone: an operator beside FP16 weights would meet no kernel."""
+    used = frozenset(s.operator for s in canonical.sites) & conditions.kernels
+    if not used or precision is Precision.FP16:
+        return (Alternative(),)
+    return Alternative(), Alternative("-native", {"native": used})
 
 
 def lower(

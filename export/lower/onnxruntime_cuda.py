@@ -15,14 +15,15 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from attn_deploy.errors import UnavailableError
 from attn_deploy.export.functions import inline_functions
-from attn_deploy.export.lower.cuda_attention import fuse_attention
+from attn_deploy.export.lower.cuda_attention import ATTENTION, fuse_attention
 from attn_deploy.export.lower.cuda_bias_gelu import fuse_bias_gelu
 from attn_deploy.export.lower.cuda_kernels import half_kernels
 from attn_deploy.export.lower.cuda_linear import merge_linears
+from attn_deploy.export.lower.cuda_operator import Operator
 from attn_deploy.export.lower.cuda_opset import NO_KERNEL_AT_22, raise_for_attention
 from attn_deploy.export.lower.cuda_rotary import fuse_rotary
 from attn_deploy.export.lower.cuda_skip_norm import FUSED, fuse_skip_norm
-from attn_deploy.export.lower.lowered import Batches, Lowered
+from attn_deploy.export.lower.lowered import Alternative, Batches, Conditions, Lowered
 from attn_deploy.export.lower.static_shapes import write_shapes
 from attn_deploy.export.lower.tensorrt_norms import whole_norms
 from attn_deploy.export.precision.calibration import OpenModel
@@ -31,22 +32,35 @@ from attn_deploy.export.precision.half_ranges import collect_magnitudes
 from attn_deploy.export.precision.insert import drop_unused_initializers
 from attn_deploy.export.precision.plan import PrecisionPlan
 from attn_deploy.export.to_onnx import CanonicalModel
+from attn_deploy.ops import DOMAIN, FORMS
 from attn_deploy.target import Precision
 
 PRECISIONS = (Precision.FP32, Precision.FP16, Precision.BF16)
 """What this recipe offers; any other raises UnavailableError."""
 
+DEFAULTS = (Precision.FP32, Precision.FP16)
+
 Layout = Literal["nchw", "nhwc"]
 """How convolutions read their tensors: the tensor cores read channels last; what stands between may have to turn."""
 
 
-def alternatives(canonical: CanonicalModel, precision: Precision) -> list[dict[str, Layout]]:
-    """Keywords of `lower` between which only a measurement can decide. The provider has channels-last kernels for FP32
-    and FP16."""
+def alternatives(canonical: CanonicalModel, precision: Precision, conditions: Conditions) -> tuple[Alternative, ...]:
+    """Stock operators or our library's, for convolutions channels last or first (the provider has channels-last
+    kernels for FP32 and FP16), and for attention the other operator, whose half kernels are others."""
+    used = frozenset(s.operator for s in canonical.sites) & conditions.kernels
     has_conv = any(node.op_type == "Conv" for node in canonical.model.graph)
-    if not has_conv or precision is Precision.BF16:
-        return [{}]
-    return [{"layout": "nhwc"}, {"layout": "nchw"}]
+    layouts: tuple[Layout, ...] = ("nchw", "nhwc") if has_conv and precision is not Precision.BF16 else ("nchw",)
+    found = []
+    for layout in layouts:
+        suffix = "" if layout == "nchw" else f"-{layout}"
+        found.append(Alternative(suffix, {"layout": layout}))
+        if used:
+            found.append(Alternative(f"{suffix}-native", {"layout": layout, "native": used}))
+    forms = (FORMS.get(node.op_type) for node in canonical.model.graph if node.domain == DOMAIN)
+    has_attention = any(form is not None and form.operator in ATTENTION for form in forms)
+    if has_attention and precision is not Precision.FP32:
+        found.append(Alternative("-multihead", {"layout": "nchw", "attention": "MultiHeadAttention"}))
+    return tuple(found)
 
 
 def lower(
@@ -58,16 +72,18 @@ def lower(
     open_model: OpenModel | None = None,
     exclude: Sequence[str] = (),
     layout: Layout = "nchw",
+    attention: Operator = "Attention",
 ) -> Lowered:
     """`native`: forms that stay operators, to be run by the CUDA library. `exclude`: module paths that stay FP32.
-    `calibration` and `open_model` (on the CPU): magnitudes for FP16; without them no range is looked at.
+    `calibration` and `open_model` (on the CPU): magnitudes for FP16; without them no range is looked at. `attention`:
+    the operator that is taken where two compute the same.
 
     Raises UnavailableError for a precision that the provider has no kernels for.
     """
     _require(canonical, precision)
     model = canonical.model.clone()
     has_rms_norm = raise_for_attention(model)
-    notes = fuse_attention(model, native)
+    notes = fuse_attention(model, native, attention)
     fuse_rotary(model, native)
     inline_functions(model, keep=native)
     write_shapes(model)

@@ -32,7 +32,7 @@ import onnx_ir as ir
 
 from attn_deploy.errors import AttnDeployError, UsageError
 from attn_deploy.export.functions import inline_functions
-from attn_deploy.export.lower.lowered import Batches, Lowered
+from attn_deploy.export.lower.lowered import Alternative, Batches, Conditions, Lowered
 from attn_deploy.export.lower.static_shapes import write_shapes
 from attn_deploy.export.lower.tensorrt_attention import OPERATORS, AttentionForm, lower_attention
 from attn_deploy.export.lower.tensorrt_norms import whole_norms
@@ -66,6 +66,22 @@ OPERATOR_OPSET = 23
 """The first with Attention and RMSNormalization."""
 
 
+PRECISIONS = (Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8)
+DEFAULTS = (Precision.FP32, Precision.FP16)
+"""An engine takes minutes to build: INT8, which is often slower than FP16 where attention is, only when it is named."""
+
+
+def alternatives(canonical: CanonicalModel, precision: Precision, conditions: Conditions) -> tuple[Alternative, ...]:
+    """The other form of attention beside the version's default, where it has both and attention is there at all."""
+    version = conditions.tensorrt or NEWEST
+    attends = any(FORMS[s.operator].operator in OPERATORS for s in canonical.sites)
+    forms = attention_forms(version, precision)[: None if attends else 1]
+    return tuple(
+        Alternative(f"-{form}" if place else "", {"version": version, "attention": form})
+        for place, form in enumerate(forms)
+    )
+
+
 def default_attention(version: Version, precision: Precision) -> AttentionForm:
     """What an attention becomes unless asked otherwise; why is said above."""
     half = precision is not Precision.FP32
@@ -94,7 +110,8 @@ def lower(
 ) -> Lowered:
     """`version`: the TensorRT that will parse the model. `exclude`: module paths below which every layer stays in FP32
     (INT8: in FP16). `calibration` and `open_model`: INT8 needs them, FP16 and BF16 check their blocks with them.
-    `int8_attention`: the products of an attention are quantized too; the pattern then, whatever `attention` says.
+    `int8_attention`: the products of an attention are quantized too; the pattern then, whatever `attention` says. It is
+    an option to measure: TensorRT fuses it for head sizes 16, 32 and 64 up to 512 tokens, and FP16 is often faster.
 
     Raises NotAsAskedError for what that version does not parse, naming the node; UsageError for native forms, a version
     before 10.3, or an attention form that the version lacks.

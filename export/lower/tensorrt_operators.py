@@ -1,10 +1,11 @@
 """What TensorRT's ONNX parser takes, per version, and a check that names what it would not take.
 
-The table (tensorrt_operators.json) was encoded from onnx/onnx-tensorrt: docs/operators.md of 10.6 and 10.15,
+The table (tensorrt_operators.json) was encoded from onnx/onnx-tensorrt: docs/operators.md of 9.2, 10.6 and 10.15,
 docs/Changelog.md up to 10.15 (which says since when an operator is there), and for 11.0 to 11.5 the release notes of
-NVIDIA/TensorRT ("Parsers"). `opsets` is the highest opset by the first version that has it: 10.6 and 10.15 by the
-table, 11.5 by its notes, 10.11 by the ONNX 1.18 that it moved to; 20 before 10.6 is what 10.0 promised. The checks per
-operator are in tensorrt_restrictions.py.
+NVIDIA/TensorRT ("Parsers"). Not written anywhere that was found: when Gelu and Mish came, which 9.2 lacks and 10.6 has
+(taken as there in 10.3, since 10.0 moved to Gelu's opset 20). `opsets` is the highest opset by the first version that
+has it: 10.6 and 10.15 by the table, 11.5 by its notes, 10.11 by the ONNX 1.18 that it moved to, 20 before 10.6 by the
+ONNX of 10.0. The checks per operator are in tensorrt_restrictions.py.
 
 Local functions and operators of other domains are refused, though the parser expands the first and looks for plugins
 for the second: a lowered model holds neither.

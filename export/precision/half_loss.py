@@ -7,6 +7,7 @@ squared noise. A batch returns two numbers per block, and the memory does not gr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,9 @@ from attn_deploy.target import Precision
 
 BLOCK_MIN_SQNR_DB = {Precision.FP16: 45.0, Precision.BF16: 35.0}
 """Of each block on the reference's values, and of the whole model."""
+
+LOSS_BATCHES = 2
+"""Each round measures all blocks on them: a block's loss hardly differs between samples, and rounds may be many."""
 
 AT_ONCE = 0.125
 """Share of the blocks that go back in one round when each holds alone and the whole does not: the worst first."""
@@ -153,7 +157,8 @@ def measure(
 ) -> tuple[list[BlockLoss], dict[str, float]]:
     """SQNR of every block of `half` on the reference's values, in the order of the graph, and of the model's outputs.
 
-    `names`: the nodes that rows may name; all of the half graph's when left out.
+    The first LOSS_BATCHES of `batches` are read. `names`: the nodes that rows may name; all of the half graph's when
+    left out.
     """
     emulated = emulate(half)
     blocks = pair_blocks(emulated, reference.portable, reference.canonical, reference.portable, reference.sites)
@@ -167,7 +172,7 @@ def measure(
     count = len(blocks.in_order) + len(whole)
     signal, noise = np.zeros(count), np.zeros(count)
     samples = 0
-    for feeds in batches:
+    for feeds in itertools.islice(batches, LOSS_BATCHES):
         sums = run(feeds)
         samples += 1
         signal += [float(sums[f"loss/{k}/signal"]) for k in range(count)]

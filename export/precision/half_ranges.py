@@ -10,8 +10,12 @@ import onnx_ir as ir
 
 from attn_deploy.errors import AttnDeployError
 from attn_deploy.export.precision.calibration import OpenModel, observed_copy
+from attn_deploy.export.precision.half_masks import MASKED_BELOW
 from attn_deploy.export.precision.half_types import is_float, prepare
 from attn_deploy.session import Array
+
+LARGER = 100.0
+"""Inputs so many times larger than the data must not overflow: 512, the largest magnitude, is 65504 / 128."""
 
 
 def float_activations(model: ir.Model) -> tuple[str, ...]:
@@ -27,22 +31,46 @@ def collect_magnitudes(
     batches: Iterable[Mapping[str, Array]],
     open_model: OpenModel,
     names: Collection[str] | None = None,
+    *,
+    larger: float = LARGER,
 ) -> dict[str, float]:
     """max |x| by value name over all batches, infinite where a value is NaN or infinite; all float activations when no
-    `names` are given. A batch returns one number per activation. Raises AttnDeployError without any batch."""
+    `names` are given.
+
+    The first batch also runs with its float inputs `larger` times as large, and what comes out counts as the share
+    1 / `larger`: a value that grows with the square of the input, as scores without a norm before them, needs more
+    room than its size on the data says. 1 leaves that out. A batch returns one number per activation. Raises
+    AttnDeployError without any batch.
+    """
     names = list(float_activations(model) if names is None else names)
     run = open_model(_with_magnitudes(model, names))
     largest = dict.fromkeys(names, 0.0)
     batch_count = 0
     for feeds in batches:
-        batch_count += 1
         outputs = run(feeds)
         for name in names:
             magnitude = float(outputs[f"{name}/magnitude"])
             largest[name] = max(largest[name], magnitude) if math.isfinite(magnitude) else math.inf
+        if not batch_count and larger != 1 and (stressed := _enlarged(feeds, larger)) is not None:
+            outputs = run(stressed)
+            for name in names:
+                magnitude = float(outputs[f"{name}/magnitude"]) / larger
+                if math.isfinite(magnitude):  # else FP32 has no room for such inputs either
+                    largest[name] = max(largest[name], magnitude)
+        batch_count += 1
     if not batch_count:
         raise AttnDeployError("calibration saw no sample", got=0, expected="at least 1")
     return largest
+
+
+def _enlarged(feeds: Mapping[str, Array], factor: float) -> dict[str, Array] | None:
+    """The feeds with their float inputs scaled; None when there is none. What holds a mask's numbers stays."""
+    scaled = {
+        name: value * np.float32(factor)
+        for name, value in feeds.items()
+        if value.dtype == np.float32 and value.size and float(np.abs(value).max()) < -MASKED_BELOW
+    }
+    return {**feeds, **scaled} if scaled else None
 
 
 def _with_magnitudes(model: ir.Model, names: Collection[str]) -> ir.Model:

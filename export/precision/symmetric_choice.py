@@ -23,7 +23,7 @@ from attn_deploy.export.precision.plan import weight_of
 from attn_deploy.export.precision.symmetric_ranges import Histogram, RangeMethod, activation_scale
 from attn_deploy.session import Array
 
-TRIAL_BATCHES = 4
+TRIAL_BATCHES = 8
 """Each of them costs as much as several of the model's own; on vit_tiny more of them change no choice that counts."""
 
 

@@ -70,7 +70,7 @@ def collect_largest(
     model: ir.Model, names: Collection[str], batches: Iterable[Mapping[str, Array]], open_model: OpenModel
 ) -> dict[str, float]:
     """max |x| by value name. Raises AttnDeployError where a value is not finite, or without any sample."""
-    largest = collect_magnitudes(model, batches, open_model, names)
+    largest = collect_magnitudes(model, batches, open_model, names, larger=1)
     for name, magnitude in largest.items():
         if not np.isfinite(magnitude):
             raise AttnDeployError("an activation is not finite on the calibration data", where=name)

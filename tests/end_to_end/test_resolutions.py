@@ -321,6 +321,15 @@ def test_resolutions_that_cannot_be_are_told_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_arrays_of_one_size_are_no_data_for_several(attn_deploy_cli: Cli, tmp_path: Path) -> None:
+    np.savez(tmp_path / "small.npz", x=np.ones((40, 3, 16, 16), np.float32))
+    ran = attn_deploy_cli("export", *WINDOWED, *BOTH, "--data", tmp_path / "small.npz", "-o", tmp_path / "x.attn")
+    assert ran.code == 2
+    told = " ".join(ran.err.split())
+    assert all(text in told for text in ("graph 24x32", "small.npz", "got: [3, 16, 16]", "a folder of images")), told
+    assert not (tmp_path / "x.attn").exists()
+
+
 def test_one_resolution_that_fails_parity_fails_the_export_and_is_named(
     attn_deploy_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

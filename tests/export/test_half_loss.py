@@ -45,7 +45,7 @@ def test_the_magnitude_of_every_float_activation_is_the_largest_over_all_batches
     model = network(MLP, **MLP_WEIGHTS)
     assert float_activations(model) == ("x", *"nphgqrly")
     batches = [X[:1], X[1:] * 3, -X * 2]
-    found = collect_magnitudes(model, ({"x": x} for x in batches), open_model)
+    found = collect_magnitudes(model, ({"x": x} for x in batches), open_model, larger=1)
     assert found.keys() == {"x", *"nphgqrly"}
     assert found["x"] == pytest.approx(max(np.abs(x).max() for x in batches))
     assert found["y"] == pytest.approx(max(np.abs(run(model, x=x)).max() for x in batches), rel=1e-6)
@@ -62,6 +62,34 @@ def test_what_is_not_finite_has_an_infinite_magnitude(bad: float) -> None:
     model = network(text, c=np.array(0.5, np.float32))
     plan = to_half(model, FP16, found)
     assert kept(plan)["a/Mul"] == Kept.RANGE
+
+
+SCORES = """net (float[n, 4, 8] x, float[n, 1, 4] bias) => (float[n, 4, 4] y) {
+    [a__Transpose] t = Transpose <perm: ints = [0, 2, 1]> (x) [a__MatMul] s = MatMul (x, t)
+    [a__Add] k = Add (s, bias) [a__Softmax] p = Softmax <axis: int = -1> (k)
+    [z__MatMul] y = MatMul (p, m) }"""
+
+
+def test_what_grows_with_the_square_of_the_input_needs_more_room() -> None:
+    """Scores of about 10 are 100000 on inputs a hundred times larger: infinite in FP16, and their softmax NaN."""
+    x = normal(2, 4, 8)
+    feeds = {"x": x, "bias": np.zeros((2, 1, 4), np.float32)}
+    larger = {**feeds, "x": x * 100}
+    blind, aware = network(SCORES, m=normal(4, 4)), network(SCORES, m=normal(4, 4))
+    plan = to_half(blind, FP16, collect_magnitudes(blind, [feeds], open_model, larger=1))
+    assert plan.kept == ()
+    assert np.isnan(run(emulate(blind), **larger)).any()
+    plan = to_half(aware, FP16, collect_magnitudes(aware, [feeds], open_model))
+    assert kept(plan) == dict.fromkeys(("a/MatMul", "a/Add", "a/Softmax"), Kept.RANGE)
+    assert np.isfinite(run(emulate(aware), **larger)).all()
+
+
+def test_a_mask_among_the_inputs_is_not_made_larger() -> None:
+    model = network(SCORES, m=normal(4, 4))
+    bias = np.where(normal(2, 1, 4) > 0, np.float32(0), np.finfo(np.float32).min)
+    found = collect_magnitudes(model, [{"x": normal(2, 4, 8), "bias": bias}], open_model)
+    assert found["bias"] == pytest.approx(np.finfo(np.float32).max)
+    assert all(np.isfinite(value) for value in found.values())
 
 
 def test_a_batch_comes_back_as_one_number_per_activation_and_is_let_go() -> None:
@@ -86,7 +114,7 @@ def test_a_batch_comes_back_as_one_number_per_activation_and_is_let_go() -> None
             yield {"x": x}
 
     collect_magnitudes(network(MLP, **MLP_WEIGHTS), batches(), watched)
-    assert sizes == [9] * 5
+    assert sizes == [9] * 6  # the first one larger as well
     assert max(alive) <= 1
 
 

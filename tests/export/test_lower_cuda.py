@@ -20,6 +20,7 @@ from attn_deploy.export.capture import CapturedModel, capture
 from attn_deploy.export.lower import onnxruntime_cuda
 from attn_deploy.export.lower.cuda_kernels import NO_BF16, NO_BF16_CONTRIB, NO_FP16
 from attn_deploy.export.lower.cuda_opset import NO_KERNEL_AT_22
+from attn_deploy.export.lower.lowered import Conditions
 from attn_deploy.export.precision.emulate import emulate
 from attn_deploy.export.recognize import recognize
 from attn_deploy.export.rewrite import rewrite
@@ -221,13 +222,24 @@ def test_options_say_what_the_provider_must_be_asked_for() -> None:
     assert onnxruntime_cuda.lower(canonical, Precision.FP32).options == {"use_tf32": "0"}
     half = onnxruntime_cuda.lower(canonical, Precision.FP16, layout="nhwc").options
     assert half == {"enable_skip_layer_norm_strict_mode": "1", "prefer_nhwc": "1"}
-    assert onnxruntime_cuda.alternatives(canonical, Precision.FP16) == [{}]
 
 
-def test_convolutions_are_offered_in_both_layouts() -> None:
-    pooled = pooled_model()
-    assert onnxruntime_cuda.alternatives(pooled, Precision.FP16) == [{"layout": "nhwc"}, {"layout": "nchw"}]
-    assert onnxruntime_cuda.alternatives(pooled, Precision.BF16) == [{}]
+def suffixes(canonical: CanonicalModel, precision: Precision, *kernels: str) -> list[str]:
+    """Of the candidates; each is lowered as it says."""
+    found = onnxruntime_cuda.alternatives(canonical, precision, Conditions(frozenset(kernels)))
+    for one in found:
+        assert onnxruntime_cuda.lower(canonical, precision, **one.arguments).options is not None
+    return [one.suffix for one in found]
+
+
+def test_what_only_a_measurement_can_decide_is_offered() -> None:
+    (_, windows), pooled = exported("windows"), pooled_model()
+    assert suffixes(windows, Precision.FP32) == [""]
+    assert suffixes(windows, Precision.FP16) == ["", "-multihead"]
+    assert suffixes(windows, Precision.FP16, "PackedAttentionIndexedBias") == ["", "-native", "-multihead"]
+    assert suffixes(pooled, Precision.FP16) == ["", "-nhwc"]
+    multihead = onnxruntime_cuda.lower(windows, Precision.FP16, attention="MultiHeadAttention").model
+    assert operators(multihead)["MultiHeadAttention"] == 2
 
 
 def pooled_model() -> CanonicalModel:

@@ -124,6 +124,13 @@ def test_tiny_vit_becomes_one_attention_where_the_version_has_it() -> None:
     assert types == {"FLOAT16"}
 
 
+def test_bf16_keeps_an_opset_that_an_old_version_knows() -> None:
+    """BF16 convolutions are in ONNX from opset 22 on; TensorRT 10.3 knows them and no such opset."""
+    exported = captured("vit_tiny_patch16_224")[1]
+    opsets = [lower(exported, Precision.BF16, version=v).model.opset_imports[""] for v in ((10, 3), (10, 6), (11, 4))]
+    assert opsets == [20, 22, 23]
+
+
 def test_int8_attention_stands_between_pairs_and_is_the_pattern() -> None:
     """Before the first product, behind the softmax, before and behind the second."""
     model, exported = captured("vit_tiny_patch16_224")

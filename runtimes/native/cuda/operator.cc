@@ -73,14 +73,14 @@ OrtStatus* CreateKernelOfNode(const OrtCustomOp* op, const OrtApi* api, const Or
   });
 }
 
-// Tells the graph the outputs' shape, where `op.infer` finds it. `from` says which dim of the first input an output's
-// dim without a value has its name from.
-OrtStatus* SetOutputs(const CudaOp& op, OrtShapeInferContext* context, const Shape& output,
-                      const char* (&names)[kMaxRank]) {
+// Tells the graph the outputs' type and shape. The type is the first input's and not the operator's: of the operators
+// of one name ONNX Runtime asks only the first, and later releases (1.32; 1.17 did not) take the type that it says.
+OrtStatus* SetOutputs(const CudaOp& op, OrtShapeInferContext* context, ONNXTensorElementDataType type,
+                      const Shape& output, const char* (&names)[kMaxRank]) {
   OrtTensorTypeAndShapeInfo* info = nullptr;
   ATTN_DEPLOY_RETURN_IF_ERROR(op.api.CreateTensorTypeAndShapeInfo(&info));
   const auto rank = static_cast<size_t>(output.rank);
-  OrtStatus* status = op.api.SetTensorElementType(info, OnnxType(op.element));
+  OrtStatus* status = op.api.SetTensorElementType(info, type);
   if (status == nullptr) status = op.api.SetDimensions(info, output.dims, rank);
   if (status == nullptr) status = op.api.SetSymbolicDimensions(info, names, rank);
   for (size_t i = 0; status == nullptr && i < op.outputs; ++i) {
@@ -90,11 +90,15 @@ OrtStatus* SetOutputs(const CudaOp& op, OrtShapeInferContext* context, const Sha
   return status;
 }
 
+// Where `op.infer` finds the outputs' shape; `from` says which dim of the first input has the name of an output's dim
+// without a value.
 OrtStatus* InferOutputShape(const OrtCustomOp* base, OrtShapeInferContext* context) {
   const CudaOp& op = AsCudaOp(base);
   OrtTensorTypeAndShapeInfo* info = nullptr;  // the context's own: not to be released
   ATTN_DEPLOY_RETURN_IF_ERROR(op.api.ShapeInferContext_GetInputTypeShape(context, 0, &info));
+  ONNXTensorElementDataType type = {};
   size_t rank = 0;
+  ATTN_DEPLOY_RETURN_IF_ERROR(op.api.GetTensorElementType(info, &type));
   ATTN_DEPLOY_RETURN_IF_ERROR(op.api.GetDimensionsCount(info, &rank));
   if (rank == 0 || rank > kMaxRank) return nullptr;  // an input without a shape also comes as rank 0
   Shape first;
@@ -112,7 +116,7 @@ OrtStatus* InferOutputShape(const OrtCustomOp* base, OrtShapeInferContext* conte
     // ONNX Runtime would write a dim with neither value nor name into the graph as the number -1.
     if (output.dims[d] < 0 && (names[d] == nullptr || names[d][0] == '\0')) return nullptr;
   }
-  return SetOutputs(op, context, output, names);
+  return SetOutputs(op, context, type, output, names);
 }
 
 void SetCallbacks(OrtCustomOp* op) {

@@ -32,10 +32,7 @@ def package(tmp_path: Path) -> Path:
 
 def run(code: str, version: str, package: Path, *, libraries: bool = True) -> str:
     """What the code prints where `import tensorrt` gives these bindings."""
-    if libraries:
-        folder = bindings.stand_ins(package, int(version.split(".")[0]))
-    else:
-        folder = package
+    folder = bindings.stand_ins(package, int(version.split(".")[0])) if libraries else package
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=bindings.environment(VERSIONS[version], folder, package),

@@ -22,17 +22,18 @@ X, Y = TensorSpec("x", "float32", ("batch", 64, 64)), TensorSpec("y", "float32",
 OPTIONS = {"profile:batch": "1,1,1;2,4,8"}
 FP16 = """<ir_version: 10, opset_import: ["" : 17]>
 attention (float[batch, 64, 64] x) => (float[batch, 64, 64] y)
-<int64[4] split = {0, 64, 4, 16}, int64[3] join = {0, 64, 64}, float16[1] scale = {0.25}>
+<int64[4] split = {0, 64, 4, 16}, int64[3] join = {0, 64, 64}, float[1] quarter = {0.25}>
 {
   half = Cast <to = 10> (x)
+  scale = Cast <to = 10> (quarter)
   heads = Reshape (half, split)
   q0 = Transpose <perm = [0, 2, 1, 3]> (heads)
   query = Mul (q0, scale)
   key = Transpose <perm = [0, 2, 3, 1]> (heads)
   value = Transpose <perm = [0, 2, 1, 3]> (heads)
-  [site_scores] scores = MatMul (query, key)
+  scores = MatMul (query, key)
   weights = Softmax <axis = -1> (scores)
-  [site_sum] summed = MatMul (weights, value)
+  summed = MatMul (weights, value)
   merged = Transpose <perm = [0, 2, 1, 3]> (summed)
   joined = Reshape (merged, join)
   y = Cast <to = 1> (joined)
@@ -40,7 +41,11 @@ attention (float[batch, 64, 64] x) => (float[batch, 64, 64] y)
 
 
 def model(text: str = FP16) -> bytes:
-    return onnx.parser.parse_model(text.replace("[site_scores] ", "").replace("[site_sum] ", "")).SerializeToString()
+    """Its nodes are named as those of a lowered site are."""
+    parsed = onnx.parser.parse_model(text)
+    for index, node in enumerate(parsed.graph.node):
+        node.name = f"block.attention/Attention/{node.op_type}_{index}"
+    return parsed.SerializeToString()
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
-"""The inspector's text as nodes. The texts are samples written by hand after NVIDIA's documentation, its migration guide
-from 10.x to 11.x, and layers that users posted; no run made them, since none can be made without a GPU.
+"""The inspector's text as nodes. The texts are samples written by hand after NVIDIA's documentation, its migration
+guide from 10.x to 11.x, and layers that users posted; no run made them, since none can be made without a GPU.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ ALL = sum(p.multiply_adds for p in PRODUCTS)
 @pytest.mark.parametrize("separator", [UNIT, RECORD, ""])
 def test_a_fused_attention_is_one_node_that_covers_its_onnx_nodes(eleven: bool, separator: str) -> None:
     found = nodes(block(eleven=eleven, separator=separator))
-    (attention,) = [n for n in found if n.op_type == "trt:gemm_mha_v2"]
+    (attention,) = [n for n in found if n.op_type == "gemm_mha_v2"]
     assert attention.provider == "TensorRT"
     assert set(attention.covers) == {f"{BLOCK}/Attention/{n}" for n in ("MatMul", "Softmax", "MatMul_1")}
     assert [p.name for p in attention.products] == [f"{BLOCK}/Attention/MatMul", f"{BLOCK}/Attention/MatMul_1"]
@@ -108,7 +108,7 @@ def test_a_fused_attention_is_one_node_that_covers_its_onnx_nodes(eleven: bool, 
 def test_names_keep_the_dots_that_myelin_takes_out() -> None:
     first = nodes(block())[0]
     assert first.covers == (f"{BLOCK}.q/MatMul", f"{BLOCK}.k/MatMul")
-    assert first.op_type == "trt:gemm"
+    assert first.op_type == "gemm"
     assert sum(p.multiply_adds for p in first.products) == 2 * 40 * 256 * 256
 
 
@@ -137,43 +137,44 @@ def test_a_move_that_names_a_product_does_not_count_as_it() -> None:
     """The Move before the attention kernel has the same ONNX node in its metadata."""
     moves = [n for n in nodes(block()) if n.name.startswith("__myl_TranReshMove")]
     assert moves[0].products == ()
-    assert moves[0].op_type == "trt:kgen"
+    assert moves[0].op_type == "kgen"
 
 
 def test_a_product_that_no_layer_names_is_counted_as_unknown() -> None:
     found = nodes(block(), [*PRODUCTS, Product("positions/MatMul", 1000)])
     assert shares(found) == {"float16": ALL, "unknown": 1000}
-    assert found[-1].op_type == "trt:unknown"
+    assert found[-1].op_type == "unknown"
 
 
 def test_an_attention_that_is_not_fused_is_several_nodes() -> None:
     site = f"{BLOCK}/Attention"
     half = tensor("t", [4, 40, 40], "Half")
     text = {"Layers": [
-        layer(f"{site}/MatMul_myl0_1", "gemm", [half], [half], "sm80_xmma_gemm_f16f16_f16f16_f16_nn", [f"{site}/MatMul"]),
+        layer(f"{site}/MatMul_myl0_1", "gemm", [half], [half], "sm80_xmma_gemm_f16f16_f16f16_f16_nn",
+              [f"{site}/MatMul"]),
         layer("__myl_MaxSubExpSumDivMul_myl0_2", "kgen", [half], [half], "__myl_MaxSub_0x1", [f"{site}/Softmax"]),
         layer(f"{site}/MatMul_1_myl0_3", "gemm", [half], [half], "sm80_xmma_gemm_f16f16_f16f16_f16_nn",
               [f"{site}/MatMul_1"]),
     ]}  # fmt: skip
-    assert [n.op_type for n in nodes(text, [])] == ["trt:gemm", "trt:kgen", "trt:gemm"]
+    assert [n.op_type for n in nodes(text, [])] == ["gemm", "kgen", "gemm"]
 
 
 def test_a_module_called_attention_makes_no_attention_kernel() -> None:
     half = tensor("t", [1, 40, 256], "Half")
     text = {"Layers": [layer("vit.attention.flash/MatMul_myl0_1", "gemm", [half], [half],
                              "sm80_xmma_gemm_f16f16_f16f16_f16_nn", ["vit.attention.flash/MatMul"])]}  # fmt: skip
-    assert [n.op_type for n in nodes(text, [])] == ["trt:gemm"]
+    assert [n.op_type for n in nodes(text, [])] == ["gemm"]
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "tactic", "expected"),
     [
-        ("_gemm_mha_v2_myl3_6", "kgen", "_gemm_mha_v2_0x957a", "trt:gemm_mha_v2"),
-        ("__mye8037_gemm_mha_v2_myl0_7", "kgen", "_gemm_mha_v2_0x12", "trt:gemm_mha_v2"),
-        ("_gemv_mha_v1_myl0_4", "kgen", "", "trt:gemv_mha_v1"),
-        ("a/Attention_myl0_2", "Attention", "", "trt:Attention"),
-        ("x", "kgen", "fmha_v2_flash_attention_fp16_64_64_S_64_sm90_kernel", "trt:fmha_v2_flash_attention_fp16_64_64_S_64_sm90_kernel"),
-        ("c/Conv", "CaskConvolution", "sm80_xmma_fprop_implicit_gemm_f16f16_f16f32_f32", "trt:CaskConvolution"),
+        ("_gemm_mha_v2_myl3_6", "kgen", "_gemm_mha_v2_0x957a", "gemm_mha_v2"),
+        ("__mye8037_gemm_mha_v2_myl0_7", "kgen", "_gemm_mha_v2_0x12", "gemm_mha_v2"),
+        ("_gemv_mha_v1_myl0_4", "kgen", "", "gemv_mha_v1"),
+        ("a/Attention_myl0_2", "Attention", "", "Attention"),
+        ("x", "kgen", "fmha_v2_flash_attention_fp16_64_sm90", "fmha_v2_flash_attention_fp16_64_sm90"),
+        ("c/Conv", "CaskConvolution", "sm80_xmma_fprop_implicit_gemm_f16f16_f16f32_f32", "CaskConvolution"),
     ],
 )  # fmt: skip
 def test_what_a_layer_is_called(name: str, kind: str, tactic: str, expected: str) -> None:
@@ -239,7 +240,7 @@ def test_layers_of_another_profile_are_left_out() -> None:
 def test_times_are_found_by_layer_name() -> None:
     layers = parse_layers(json.dumps(block()))
     found = run_nodes(layers, [], {"_gemm_mha_v2_myl0_11": 0.25})
-    assert [n.time_us for n in found if n.op_type == "trt:gemm_mha_v2"] == [250.0]
+    assert [n.time_us for n in found if n.op_type == "gemm_mha_v2"] == [250.0]
 
 
 def test_names_alone_are_an_error_that_says_why() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -96,7 +98,7 @@ def test_ranges_of_any_bounds_are_whole_and_survive_as_text(low: int, more: int 
     assert ranges[0].min == low
     assert bounds.max is None or ranges[-1].max == bounds.max
     assert all(r.min <= r.opt <= r.max for r in ranges)
-    assert all(b.min == a.max + 1 for a, b in zip(ranges, ranges[1:], strict=False))
+    assert all(b.min == a.max + 1 for a, b in itertools.pairwise(ranges))
     assert parse(profile_options({dim: bounds})).ranges[dim] == ranges
 
 

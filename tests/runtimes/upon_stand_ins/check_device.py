@@ -278,11 +278,14 @@ def test_a_stream_is_given_as_a_handle_or_by_an_object(stream: DeviceStream, gpu
     class Torch:
         cuda_stream = 77
 
+    class Cupy:
+        ptr = 79
+
     class Protocol:
         def __cuda_stream__(self) -> tuple[int, int]:
             return (0, 78)
 
-    assert [stream_handle(s) for s in (0, Torch(), Protocol())] == [0, 77, 78]
+    assert [stream_handle(s) for s in (0, Torch(), Cupy(), Protocol())] == [0, 77, 79, 78]
     stream.wait_for(0)  # the default stream: torch's, when none was chosen
     assert [second for name, _, second in gpu.trace() if name == "cuEventRecord"] == [1]
     with pytest.raises(FeedError, match="unknown kind"):

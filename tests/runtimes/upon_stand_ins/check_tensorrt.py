@@ -394,7 +394,7 @@ def test_read_back_says_what_runs(folder: Path, gpu: Any) -> None:
     path = folder / "model.onnx"
     path.write_bytes(MODEL)
     (node,) = tensorrt.read_back(path, {"x": batch(2)}, options=PROFILES)
-    assert node.op_type == "trt:gemm"
+    assert node.op_type == "gemm"
     assert node.covers == ("layer/MatMul",)
     assert node.computes_in == "float16"
     assert [p.multiply_adds for p in node.products] == [2 * 4 * 4]

@@ -42,6 +42,8 @@ void emulation_set_device(int new_multiprocessors, int new_compute_capability) {
   compute_capability = new_compute_capability;
 }
 
+void emulation_fail_launches(int fail) { emulation::FailLaunches(fail != 0); }
+
 void emulation_set_order(unsigned seed) { emulation::SetOrder(seed); }
 
 void emulation_round_to_half(const float* values, uint16_t* bits, int64_t count) {

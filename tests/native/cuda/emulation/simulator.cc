@@ -74,6 +74,7 @@ ucontext_t scheduler;
 std::mutex one_at_a_time;
 std::mt19937 random_order;
 bool in_order = true;
+bool all_launches_fail = false;
 
 Fiber& CurrentFiber() { return *block->fibers[block->current]; }
 
@@ -164,6 +165,8 @@ void SetOrder(unsigned seed) {
   random_order.seed(seed);
 }
 
+void FailLaunches(bool fail) { all_launches_fail = fail; }
+
 void AllowSharedBytes(const void* identity, int bytes) {
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   AllowedBytes()[identity] = bytes;
@@ -173,7 +176,7 @@ bool Run(const void* identity, const Grid& grid, const std::function<void()>& ke
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const auto asked = AllowedBytes().find(identity);
   const int allowed = asked == AllowedBytes().end() ? kSharedBytesWithoutAsking : asked->second;
-  if (grid.blocks_x == 0 || grid.blocks_y == 0 || grid.shared_bytes > allowed) return false;
+  if (grid.blocks_x == 0 || grid.blocks_y == 0 || grid.shared_bytes > allowed || all_launches_fail) return false;
   gridDim = {grid.blocks_x, grid.blocks_y};
   for (unsigned y = 0; y < grid.blocks_y; ++y) {
     for (unsigned x = 0; x < grid.blocks_x; ++x) {

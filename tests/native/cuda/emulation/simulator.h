@@ -38,6 +38,9 @@ unsigned char* SharedMemory();
 // One grid runs at a time, whichever thread of the process asks for it.
 bool Run(const void* identity, const Grid& grid, const std::function<void()>& kernel);
 
+// Lets every Run fail as it does for too much shared memory.
+void FailLaunches(bool fail);
+
 void AllowSharedBytes(const void* identity, int bytes);
 
 // 0: threads take turns in their order. Others: in one of as many random orders, new at every turn, so that what a

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import ast
 import builtins
-from collections import Counter
-from dataclasses import dataclass
 
-from tensorrt_api.index import File, Index, OurClass
-from tensorrt_api.surface import Member, Signature, Surface
+from tensorrt_api.index import File
+from tensorrt_api.results import builtin, container_result, either
 from tensorrt_api.types import (
     BoundMethod,
     Function,
@@ -25,41 +23,15 @@ from tensorrt_api.types import (
     Unknown,
     Variable,
     item_of,
-    substituted,
 )
-
-_SAME_ITEMS = {"tuple", "list", "sorted", "reversed", "iter", "set", "frozenset"}
-_ITEM = {"next", "min", "max"}
-_OF_MANY = {"pop", "popleft", "index"}
-_CONVERTED = {"Dims", "Weights"}
-"""Classes that pybind11 makes of a plain Python value by itself."""
+from tensorrt_api.uses import Uses
 
 
-@dataclass(frozen=True)
-class Problem:
-    path: str
-    line: int
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.line}: {self.text}"
-
-
-class Checker:
+class Checker(Uses):
     """Checks files one after the other; `problems` and `counts` (by kind of use) are of all of them.
 
     `optional` are names that the source asks for with getattr and a default: not every version has them.
     """
-
-    def __init__(self, index: Index, surface: Surface) -> None:
-        self.index = index
-        self.surface = surface
-        self.problems: list[Problem] = []
-        self.counts: Counter[str] = Counter()
-        self.optional: dict[str, bool] = {}
-        self._file: File
-        self._owner: OurClass | None = None
-        self._learning = False
 
     def check(self, files: list[File]) -> None:
         self._learning = True
@@ -76,9 +48,6 @@ class Checker:
     def _check_file(self, file: File) -> None:
         self._file = file
         self._body(file.tree.body, dict(file.names))
-
-    def _problem(self, node: ast.AST, text: str) -> None:
-        self.problems.append(Problem(self._file.path.name, getattr(node, "lineno", 0), text))
 
     # -- statements ----------------------------------------------------------------------------------------------------
 
@@ -162,11 +131,6 @@ class Checker:
                 if isinstance(found, Trt):
                     self._named(part, found.name)
 
-    def _named(self, node: ast.AST, name: str) -> None:
-        self.counts["class"] += 1
-        if name not in self.surface.classes:
-            self._problem(node, f"TensorRT has no class {name}")
-
     def _class(self, node: ast.ClassDef, env: dict[str, Type]) -> None:
         outer, self._owner = self._owner, self.index.classes.get(node.name)
         for base in node.bases:
@@ -176,21 +140,6 @@ class Checker:
                 self._interface(node, base_name)
         self._body(node.body, dict(env))
         self._owner = outer
-
-    def _interface(self, node: ast.ClassDef, base: str) -> None:
-        """A callback that is misspelt is never called: each of an interface's methods is there, with its arguments."""
-        methods = {n.name: n for n in node.body if isinstance(n, ast.FunctionDef)}
-        known = self.surface.classes.get(base)
-        for name, member in known.members.items() if known is not None else ():
-            if member.kind != "method" or not member.own or name.startswith("_"):
-                continue
-            self.counts["callback"] += 1
-            wanted = {len(s.parameters) for s in member.signatures}
-            got = len(methods[name].args.args) - 1 if name in methods else None
-            if got is None:
-                self._problem(node, f"{node.name} does not implement {base}.{name}")
-            elif got not in wanted:
-                self._problem(methods[name], f"{base}.{name} has {sorted(wanted)} arguments, not {got}")
 
     def _assign(self, target: ast.expr, found: Type, env: dict[str, Type]) -> None:
         match target:
@@ -225,13 +174,6 @@ class Checker:
             else:
                 self._fits(node, f"{owner.name}.{name}", member.type, found)
 
-    def _agree(self, node: ast.AST, declared: Type, found: Type) -> None:
-        """What an annotation says of a value that TensorRT gives is what the bindings say of it."""
-        if isinstance(declared, Trt) and isinstance(found, Trt):
-            related = self.surface.is_a(declared.name, found.name) or self.surface.is_a(found.name, declared.name)
-            if not related:
-                self._problem(node, f"declared as {declared.name}, and TensorRT gives {found.name}")
-
     # -- expressions ---------------------------------------------------------------------------------------------------
 
     def _infer(self, node: ast.expr, env: dict[str, Type]) -> Type:
@@ -249,10 +191,10 @@ class Checker:
                 return self._item(self._infer(value, env), inner)
             case ast.IfExp(test=test, body=body, orelse=orelse):
                 self._infer(test, env)
-                return _either(self._infer(body, env), self._infer(orelse, env))
+                return either(self._infer(body, env), self._infer(orelse, env))
             case ast.BoolOp(values=values):
                 found = [self._infer(v, env) for v in values]
-                return _either(*found)
+                return either(*found)
             case ast.NamedExpr(target=target, value=value):
                 found_value = self._infer(value, env)
                 self._assign(target, found_value, env)
@@ -267,7 +209,7 @@ class Checker:
             case ast.Tuple(elts=elements):
                 return Row(tuple(self._infer(e, env) for e in elements))
             case ast.List(elts=elements) | ast.Set(elts=elements):
-                return Many(_either(*(self._infer(e, env) for e in elements)))
+                return Many(either(*(self._infer(e, env) for e in elements)))
             case ast.Starred(value=value):
                 return item_of(self._infer(value, env))
             case ast.Dict(keys=keys, values=values):
@@ -275,7 +217,7 @@ class Checker:
                 for key in keys:
                     if key is not None:
                         self._infer(key, env)
-                return Table(Other(), _either(*held))
+                return Table(Other(), either(*held))
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.expr):
                 self._infer(child, env)
@@ -327,70 +269,11 @@ class Checker:
                 known = self.index.classes.get(held)
                 return known.methods.get(name, Other()) if known is not None else Other()
             case Many() | Table() | Row():
-                return Function(_container_result(owner, name))
+                return Function(container_result(owner, name))
             case Unknown() | Variable():
                 self._problem(node, f"the receiver of .{name} is not resolved: {ast.unparse(value)}")
                 return Unknown()
         return Other()
-
-    def _member(self, owner: str, name: str) -> Member | None:
-        known = self.surface.classes.get(owner)
-        return known.members.get(name) if known is not None else None
-
-    def _class_member(self, node: ast.AST, owner: str, name: str) -> Type:
-        known = self.surface.classes.get(owner)
-        if known is not None and name in known.enumerators:
-            self.counts["enumerator"] += 1
-            return Trt(owner)
-        member = self._member(owner, name)
-        if member is None:
-            self._problem(node, f"TensorRT's {owner} has no {name}")
-            return Unknown()
-        self.counts["name"] += 1
-        if member.kind == "class":
-            return TrtType(member.type)
-        if member.kind == "method":
-            return BoundMethod(owner, name, unbound=True)
-        return Trt(member.type) if member.type in self.surface.classes else Other()
-
-    def _instance_member(self, node: ast.AST, owner: str, name: str) -> Type:
-        member = self._member(owner, name)
-        if member is None:
-            self._problem(node, f"TensorRT's {owner} has no {name}")
-            return Unknown()
-        if member.kind == "method":
-            return BoundMethod(owner, name)
-        self.counts["property"] += 1
-        return self._of(member.type) if member.kind == "property" else Other()
-
-    def _our_member(self, owner: str, arguments: tuple[Type, ...], name: str) -> Type:
-        known = self.index.classes.get(owner)
-        if known is None:
-            return Other()
-        values = dict(zip(known.variables, arguments, strict=False))
-        for table in (known.properties, known.methods, known.fields):
-            if name in table:
-                return substituted(table[name], values)
-        for base in known.own_bases:
-            found = self._our_member(base, (), name)
-            if not isinstance(found, Unknown):
-                return found
-        for base in known.trt_bases:
-            if self._member(base, name) is not None:
-                return self._instance_member(ast.Pass(), base, name)
-        return Unknown() if known.node is not None and not _is_value(known) else Other()
-
-    def _of(self, text: str) -> Type:
-        """A type as the bindings' docstrings write it."""
-        if text == "plain":
-            return Other()
-        if text in self.surface.classes:
-            return Trt(text)
-        if text.lower().startswith("list[") and text.endswith("]"):
-            return Many(self._of(text[text.index("[") + 1 : -1]))
-        if text == "list":
-            return Many(Other())
-        return Other() if text in ("int", "str", "List[int]", "List[str]") else Unknown()
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -417,7 +300,7 @@ class Checker:
                     self._problem(node, f"what is called is not resolved: {ast.unparse(node.func)}")
                 return Unknown()
         if isinstance(node.func, ast.Name):
-            return _builtin(node.func.id, given)
+            return builtin(node.func.id, given)
         return Other()
 
     def _by_name(self, node: ast.Call, env: dict[str, Type]) -> Type:
@@ -440,121 +323,3 @@ class Checker:
         self.optional[f"{held}.{name}".strip(".")] = there
         self.counts["optional"] += 1
         return Trt(held) if isinstance(owner, TrtType) and there else Other()
-
-    def _check_call(
-        self, node: ast.Call, name: str, member: Member | None, given: list[Type], named: dict[str | None, Type]
-    ) -> Signature | None:
-        """The overload that takes these arguments."""
-        self.counts["method"] += 1
-        self.counts["keyword"] += len(named)
-        if member is None or not member.signatures:
-            self._problem(node, f"{name} cannot be called: the bindings declare no signature")
-            return None
-        faults = []
-        for signature in member.signatures:
-            fault = self._fault(signature, given, named)
-            if fault is None:
-                return signature
-            faults.append(fault)
-        self._problem(node, f"{name}: {faults[0]}" + (f" (and {len(faults) - 1} overloads)" if faults[1:] else ""))
-        return member.signatures[0]
-
-    def _fault(self, signature: Signature, given: list[Type], named: dict[str | None, Type]) -> str | None:
-        if len(given) > len(signature.parameters):
-            return f"takes {len(signature.parameters)} arguments, got {len(given)}"
-        taken = {p.name: t for p, t in zip(signature.parameters, given, strict=False)}
-        for name, found in named.items():
-            if name is None or name not in {p.name for p in signature.parameters}:
-                return f"has no keyword {name}"
-            if name in taken:
-                return f"{name} is given twice"
-            taken[name] = found
-        for parameter in signature.parameters:
-            if parameter.required and parameter.name not in taken:
-                return f"{parameter.name} is missing"
-            if parameter.name in taken and not self._compatible(parameter.type, taken[parameter.name]):
-                return f"{parameter.name} is a {parameter.type}, got {_shown(taken[parameter.name])}"
-        return None
-
-    def _fits(self, node: ast.AST, name: str, wanted: str, found: Type) -> None:
-        if not self._compatible(wanted, found):
-            self._problem(node, f"{name} is a {wanted}, got {_shown(found)}")
-
-    def _compatible(self, wanted: str, found: Type) -> bool:
-        if wanted not in self.surface.classes:
-            return not isinstance(found, (TrtType, Module)) and (wanted != "plain" or not self._is_object(found))
-        match found:
-            case Trt(name):
-                return self.surface.is_a(name, wanted)
-            case Ours(name):
-                known = self.index.classes.get(name)
-                return known is not None and any(self.surface.is_a(b, wanted) for b in known.trt_bases)
-            case Unknown():
-                return False
-        return wanted in _CONVERTED
-
-    def _is_object(self, found: Type) -> bool:
-        """An object of TensorRT's that is no number: enumerators and buffers pass as plain values."""
-        return (
-            isinstance(found, Trt)
-            and found.name != "IHostMemory"
-            and found.name in self.surface.classes
-            and not self.surface.classes[found.name].enumerators
-        )
-
-
-def _is_value(known: OurClass) -> bool:
-    """A class whose members come from elsewhere: an enumeration, a NamedTuple, a Struct, an error."""
-    assert known.node is not None
-    plain = ("Enum", "StrEnum", "NamedTuple", "Struct", "Protocol", "Exception")
-    return any(ast.unparse(b).rpartition(".")[2].startswith(plain) for b in known.node.bases) or bool(known.own_bases)
-
-
-def _either(*options: Type) -> Type:
-    """The type of a value that is one of these; what is nothing of TensorRT's (None) beside it says nothing."""
-    found = set(options) - {Other()}
-    if not found:
-        return Other()
-    return found.pop() if len(found) == 1 else Unknown()
-
-
-def _container_result(owner: Type, method: str) -> Type:
-    match owner, method:
-        case Table(key, value), "items":
-            return Many(Row((key, value)))
-        case Table(_, value), "values":
-            return Many(value)
-        case Table(key, _), "keys":
-            return Many(key)
-        case Table(_, value), "get" | "setdefault" | "pop":
-            return value
-        case Table(key, value), "popitem":
-            return Row((key, value))
-        case ((Table() | Many()), "copy"):
-            return owner
-        case Many(item), "pop" | "popleft":
-            return item
-    return Other()
-
-
-def _builtin(name: str, given: list[Type]) -> Type:
-    if name in _SAME_ITEMS and given:
-        return Many(item_of(given[0]))
-    if name in _ITEM and given:
-        return item_of(given[0]) if len(given) == 1 or name == "next" else _either(*given)
-    if name == "enumerate":
-        return Many(Row((Other(), item_of(given[0]))))
-    if name == "zip":
-        return Many(Row(tuple(item_of(g) for g in given)))
-    if name == "dict" and given:
-        return given[0]
-    return Other()
-
-
-def _shown(found: Type) -> str:
-    match found:
-        case Trt(name) | Ours(name) | TrtType(name) | OursType(name):
-            return name
-        case Unknown():
-            return "something that is not resolved"
-    return "a plain value"
