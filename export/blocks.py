@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from attn_deploy.export.cut import Cutter, Part
+from attn_deploy.export.cut import HALF, Cutter, Part
 from attn_deploy.session import Array
 from attn_deploy.target import Precision
 
@@ -171,7 +171,7 @@ def _leaving(portable: ir.Model, owners: Owners) -> Iterator[ir.Value]:
     for node in portable.graph:
         unit = owners.unit(node)
         for value in node.outputs:
-            if value.dtype not in (None, ir.DataType.FLOAT):
+            if value.dtype not in (None, ir.DataType.FLOAT, *HALF):
                 continue
             readers = (owners.unit(user) for user, _ in value.uses())
             if value.is_graph_output() or any(reader != unit for reader in readers):
@@ -220,5 +220,8 @@ def _written_with_its_relu(value: ir.Value, owners: Owners) -> bool:
 def _arithmetic(part: Part) -> Precision:
     if any("Quantize" in n.op_type or "Integer" in n.op_type or n.op_type.startswith("QLinear") for n in part.nodes):
         return Precision.INT8
-    half = any(c.const_value is not None and c.const_value.dtype == ir.DataType.FLOAT16 for c in part.constants)
-    return Precision.FP16 if half else Precision.FP32
+    types = {c.const_value.dtype for c in part.constants if c.const_value is not None}
+    types |= {o.dtype for node in part.nodes for o in node.outputs}
+    if ir.DataType.BFLOAT16 in types:
+        return Precision.BF16
+    return Precision.FP16 if ir.DataType.FLOAT16 in types else Precision.FP32

@@ -53,24 +53,48 @@ class Cutter:
         return Part(result, tuple(ordered), tuple(inputs), tuple(constants))
 
     def model_of(self, part: Part, feeds: Mapping[str, Array]) -> bytes:
-        """The part as a serialized model with one output. The types of its inputs are those of `feeds`."""
+        """The part as a serialized model with one output. The types of its inputs are those of `feeds`; where the part
+        reads or makes them in half precision, casts stand between."""
+        casts: list[ir.Node] = []
         copies: dict[ir.Value, ir.Value] = {}
+        inputs: list[ir.Value] = []
         for value in part.constants:
             copies[value] = ir.Value(name=value.name, const_value=_in_memory(value.const_value))
         for value in part.inputs:
             array = feeds[str(value.name)]
             kind = ir.TensorType(ir.DataType.from_numpy(np.asarray(array).dtype))
-            copies[value] = ir.Value(name=value.name, shape=ir.Shape([None] * array.ndim), type=kind)
-        nodes = [_copied(node, copies) for node in part.nodes]
+            fed = ir.Value(name=value.name, shape=ir.Shape([None] * array.ndim), type=kind)
+            inputs.append(fed)
+            copies[value] = _cast(fed, value.dtype, casts) if value.dtype in HALF and value.dtype != kind.dtype else fed
+        nodes = [*casts, *(_copied(node, copies) for node in part.nodes)]
         result = copies[part.result]
         result.type = result.type or ir.TensorType(ir.DataType.FLOAT)
+        if result.dtype in HALF:
+            after: list[ir.Node] = []
+            result = _cast(result, ir.DataType.FLOAT, after)
+            nodes += after
         graph = ir.Graph(
-            [copies[i] for i in part.inputs], [result], nodes=nodes, initializers=[copies[c] for c in part.constants],
+            inputs, [result], nodes=nodes, initializers=[copies[c] for c in part.constants],
             opset_imports=dict(self.model.graph.opset_imports), name="part",
         )  # fmt: skip
         functions = [f.clone() for f in self.model.functions.values()]
         whole = ir.Model(graph, ir_version=self.model.ir_version, functions=functions)
         return ir.to_proto(whole).SerializeToString()
+
+
+HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def _cast(value: ir.Value, dtype: ir.DataType | None, made: list[ir.Node]) -> ir.Value:
+    """The value in another type; its node is added to `made`."""
+    assert dtype is not None
+    output = ir.Value(name=f"{value.name}/{dtype}", shape=value.shape, type=ir.TensorType(dtype))
+    made.append(
+        ir.Node(
+            "", "Cast", [value], [ir.AttrInt64("to", int(dtype))], outputs=[output], name=f"{value.name}/{dtype}/Cast"
+        )
+    )
+    return output
 
 
 def _in_memory(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol | None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import io
 import json
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +10,7 @@ from typing import Any
 
 from attn_deploy.errors import AttnDeployError, NotAsAskedError, UnavailableError, UsageError
 from attn_deploy.runtimes import RunNode, cuda_device
+from attn_deploy.runtimes.cuda_libraries import missing_libraries, packages
 from attn_deploy.runtimes.onnxruntime import profiled_nodes, tensor_specs
 from attn_deploy.runtimes.onnxruntime_cuda_session import OnnxRuntimeCudaSession
 from attn_deploy.session import Array, TensorSpec
@@ -69,12 +66,11 @@ def availability() -> str | None:
     reason = cuda_device.availability(major)
     if reason is not None:
         return reason
-    _preload()
-    missing = [library for library in _libraries(major) if not _loads(library)]
+    missing = missing_libraries(major)
     if missing:
         return (
             f"onnxruntime-gpu {onnxruntime.__version__} is built for CUDA {major} and cuDNN 9, and the loader does not "
-            f"find {', '.join(missing)}: {_packages(major)}"
+            f"find {', '.join(missing)}: {packages(major)}"
         )
     return None
 
@@ -84,39 +80,6 @@ def _cuda_major() -> int:
     from onnxruntime.capi import build_and_package_info
 
     return int(str(getattr(build_and_package_info, "cuda_version", "") or cuda_device.CUDA_MAJOR).partition(".")[0])
-
-
-def _libraries(cuda_major: int) -> tuple[str, ...]:
-    if not sys.platform.startswith("linux"):
-        return ()
-    blas, fft = (13, 12) if cuda_major >= 13 else (12, 11)
-    return (
-        f"libcudart.so.{cuda_major}", f"libcublas.so.{blas}", f"libcublasLt.so.{blas}", "libcurand.so.10",
-        f"libcufft.so.{fft}", "libcudnn.so.9",
-    )  # fmt: skip
-
-
-def _packages(cuda_major: int) -> str:
-    suffix = "" if cuda_major >= 13 else f"-cu{cuda_major}"
-    names = [f"nvidia-{part}{suffix}" for part in ("cuda-runtime", "cublas", "curand", "cufft", "cuda-nvrtc")]
-    return f"pip install {' '.join(names)} nvidia-cudnn-cu{cuda_major}"
-
-
-def _loads(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
-
-
-def _preload() -> None:
-    """Loads NVIDIA's libraries from their pip packages, where the loader itself does not look."""
-    import onnxruntime
-
-    if hasattr(onnxruntime, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
-            onnxruntime.preload_dlls()
 
 
 def open_session(

@@ -17,6 +17,7 @@ from attn_deploy.errors import UnavailableError
 from attn_deploy.export.functions import inline_functions
 from attn_deploy.export.lower.cuda_attention import ATTENTION, fuse_attention
 from attn_deploy.export.lower.cuda_bias_gelu import fuse_bias_gelu
+from attn_deploy.export.lower.cuda_idle import drop_idle_movement
 from attn_deploy.export.lower.cuda_kernels import half_kernels
 from attn_deploy.export.lower.cuda_linear import merge_linears
 from attn_deploy.export.lower.cuda_operator import Operator
@@ -87,6 +88,7 @@ def lower(
     fuse_rotary(model, native)
     inline_functions(model, keep=native)
     write_shapes(model)
+    drop_idle_movement(model)
     whole_norms(model, rms=has_rms_norm)
     fuse_skip_norm(model)
     fuse_bias_gelu(model)

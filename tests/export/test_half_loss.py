@@ -80,7 +80,8 @@ def test_what_grows_with_the_square_of_the_input_needs_more_room() -> None:
     assert plan.kept == ()
     assert np.isnan(run(emulate(blind), **larger)).any()
     plan = to_half(aware, FP16, collect_magnitudes(aware, [feeds], open_model))
-    assert kept(plan) == dict.fromkeys(("a/MatMul", "a/Add", "a/Softmax"), Kept.RANGE)
+    ranged = {name for name, reason in kept(plan).items() if reason is Kept.RANGE}
+    assert ranged == {"a/MatMul", "a/Add", "a/Softmax"}
     assert np.isfinite(run(emulate(aware), **larger)).all()
 
 

@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 
 from attn_deploy.export.lower.cuda_bias_gelu import fuse_bias_gelu
+from attn_deploy.export.lower.cuda_idle import drop_idle_movement
 from attn_deploy.export.lower.cuda_linear import merge_linears
 from attn_deploy.export.lower.cuda_opset import raise_for_attention
 from attn_deploy.export.lower.cuda_skip_norm import fuse_skip_norm
@@ -31,6 +32,10 @@ WEIGHTS = {
     "bias": normal(8, seed=2),
     "scale": normal(8, seed=3),
     "shift": normal(8, seed=4),
+    "nothing": np.zeros(6, np.int64),
+    "something": np.array([0, 0, 0, 0, 1, 0]),
+    "axis_1": np.array([1]),
+    "axis_3": np.array([3]),
     "wide": normal(8, 16, seed=5),
     "bias_wide": normal(16, seed=6),
     "to_grid": np.array([0, 2, 3, 8]),
@@ -215,6 +220,22 @@ def test_excluded_layers_are_not_merged() -> None:
     assert merge_linears(model.clone(), ["others"]) == 0  # of another module
     model.graph[2].name = "block/MatMul"
     assert merge_linears(model, ["others"]) == 1
+
+
+def test_what_moves_nothing_is_dropped() -> None:
+    model = network(
+        "a = Pad (x, nothing) b = Unsqueeze (a, axis_1) c = Transpose <perm = [0, 2, 3, 1]> (b) d = Squeeze (c, axis_3) "
+        "e = Transpose <perm = [0, 2, 1]> (y) f = Transpose <perm = [0, 2, 1]> (e) out = Add (d, f)"
+    )
+    fused = model.clone()
+    assert drop_idle_movement(fused) == 2
+    assert operators(fused) == {"Unsqueeze": 1, "Reshape": 1, "Squeeze": 1, "Transpose": 2, "Add": 1}
+    require_same(model, fused)
+
+
+@pytest.mark.parametrize("body", ["out = Pad (x, nothing)", "padded = Pad (x, something) out = Relu (padded)"])
+def test_a_pad_that_is_an_output_or_pads_stays(body: str) -> None:
+    assert drop_idle_movement(network(body)) == 0
 
 
 def test_the_opset_is_raised_only_where_no_kernel_is_lost() -> None:

@@ -83,15 +83,33 @@ def test_without_a_driver_the_driver_is_asked_for(tmp_path: Path) -> None:
     assert "install NVIDIA driver 580 or newer" in reason
 
 
+def with_some_libraries(folder: Path) -> dict[str, str]:
+    """The environment of a process that finds all of NVIDIA's libraries but cuRAND and cuDNN."""
+    stand_ins = cuda_stand_ins.build(cuda_stand_ins.CACHE)
+    for library in set(libraries.LIBRARIES) - {"libcurand.so.10", "libcudnn.so.9"}:
+        (folder / library).symlink_to(stand_ins / library)
+    (folder / "sitecustomize.py").write_text("import sys; sys.modules['nvidia'] = None\n")  # no pip packages
+    environment = libraries.environment(folder)
+    return {**environment, "PYTHONPATH": os.pathsep.join([str(folder), environment["PYTHONPATH"]])}
+
+
 @needs_wheel
 def test_cuda_libraries_that_do_not_load_are_named(tmp_path: Path) -> None:
-    stand_ins = cuda_stand_ins.build(cuda_stand_ins.CACHE)
-    for name in ("libcuda.so.1", "libcudart.so.13", "libcublas.so.13", "libcublasLt.so.13", "libcufft.so.12"):
-        (tmp_path / name).symlink_to(stand_ins / name)
-    reason = told(libraries.environment(tmp_path))
+    reason = told(with_some_libraries(tmp_path))
     assert "is built for CUDA 13 and cuDNN 9" in reason
-    assert "does not find libcurand.so.10, libcudnn.so.9: pip install nvidia-cuda-runtime nvidia-cublas" in reason
+    assert "does not find libcurand.so.10, libcudnn.so.9: pip install nvidia-cuda-runtime nvidia-cuda-nvrtc" in reason
     assert reason.endswith("nvidia-cudnn-cu13")
+
+
+@needs_wheel
+def test_cuda_libraries_are_found_in_pip_packages(tmp_path: Path) -> None:
+    environment = with_some_libraries(tmp_path)
+    (tmp_path / "sitecustomize.py").unlink()
+    for library, package in (("libcurand.so.10", "cu13"), ("libcudnn.so.9", "cudnn")):
+        folder = tmp_path / "nvidia" / package / "lib"
+        folder.mkdir(parents=True)
+        (folder / library).symlink_to(cuda_stand_ins.build(cuda_stand_ins.CACHE) / library)
+    assert told(environment) == "None"
 
 
 @needs_wheel

@@ -2,12 +2,14 @@
 
 The emulation (emulation/) replaces only device.cuh and the CUDA runtime: kernels, launchers and the adapter are the
 sources that nvcc compiles. Its operators are registered for the CPU provider, so that the installed ONNX Runtime runs
-them.
+them. With `make test-gpu` the same tests run on a real GPU, through the library that
+`python -m attn_deploy.runtimes.native.cuda.build` made.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -20,6 +22,9 @@ import onnxruntime
 import pytest
 
 from attn_deploy.ops import DOMAIN, FORMS, VERSION
+from attn_deploy.runtimes import availability
+from attn_deploy.runtimes.native import cuda
+from attn_deploy.target import Target
 
 NATIVE = Path(__file__).parents[3] / "runtimes" / "native"
 CUDA = NATIVE / "cuda"
@@ -58,23 +63,16 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @dataclass
-class EmulatedGpu:
-    """The emulated GPU's library, loaded, with what tests can set of it."""
+class Gpu:
+    """What tests can set of the GPU they run on: nothing of a real one, which has no `functions`."""
 
-    path: Path
-    functions: ctypes.CDLL
+    functions: ctypes.CDLL | None = None
 
     def set(self, *, multiprocessors: int = 1, compute_capability: int = 90, order: int = 0) -> None:
         """`order` 0: threads take turns in their order; others are seeds of random ones."""
-        self.functions.emulation_set_device(multiprocessors, compute_capability)
-        self.functions.emulation_set_order(order)
-
-
-@pytest.fixture
-def gpu(emulated: Path) -> EmulatedGpu:
-    made = EmulatedGpu(emulated, ctypes.CDLL(str(emulated)))
-    made.set()
-    return made
+        if self.functions is not None:
+            self.functions.emulation_set_device(multiprocessors, compute_capability)
+            self.functions.emulation_set_order(order)
 
 
 def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -123,19 +121,21 @@ def one_node_model(
     return bytes(model.SerializeToString())
 
 
-def open_session(model: bytes, library: Path) -> onnxruntime.InferenceSession:
+def open_session(model: bytes, library: Path, provider: str = "CPUExecutionProvider") -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4  # failed runs are raised; they need no log
     options.register_custom_ops_library(str(library))
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model, options, providers=[provider])
 
 
 @dataclass
 class Runner:
-    """Runs a form on the emulated GPU; keeps its sessions."""
+    """Runs a form on one GPU; keeps its sessions."""
 
     library: Path
+    provider: str
+    gpu: Gpu
     sessions: dict[tuple[object, ...], onnxruntime.InferenceSession] = field(default_factory=dict)
 
     def __call__(
@@ -144,14 +144,39 @@ class Runner:
         """The form's outputs. A kernel learns its device when its session opens: `device` tells sessions apart."""
         key = (form, dtype, device, *attributes.items())
         if key not in self.sessions:
-            self.sessions[key] = open_session(one_node_model(form, dtype, dict(attributes)), self.library)
+            model = one_node_model(form, dtype, dict(attributes))
+            self.sessions[key] = open_session(model, self.library, self.provider)
         outputs: list[np.ndarray] = self.sessions[key].run(None, feeds)
         return outputs
 
 
-@pytest.fixture(scope="session")
-def run_form(emulated: Path) -> Runner:
-    return Runner(emulated)
+@functools.cache
+def missing_for_a_real_gpu() -> str | None:
+    """Why tests cannot run on a real GPU here, and what to do; None when they can."""
+    return availability(Target.ONNXRUNTIME_CUDA) or (None if cuda.library_path() else cuda.status().reason)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Here and not in a fixture: the skips are then one line of the summary."""
+    if item.get_closest_marker("gpu") is not None and (reason := missing_for_a_real_gpu()) is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session", params=["emulated", pytest.param("real", marks=pytest.mark.gpu)])
+def run_form(request: pytest.FixtureRequest) -> Runner:
+    """The same tests run on the emulated GPU and on a real one."""
+    if request.param == "real":
+        library = cuda.library_path()
+        assert library is not None
+        return Runner(library, "CUDAExecutionProvider", Gpu())
+    emulated = request.getfixturevalue("emulated")
+    return Runner(emulated, "CPUExecutionProvider", Gpu(ctypes.CDLL(str(emulated))))
+
+
+@pytest.fixture
+def gpu(run_form: Runner) -> Gpu:
+    run_form.gpu.set()
+    return run_form.gpu
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import pytest
 from attn_deploy.ops import DOMAIN, FORMS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "runtimes"))
-import cuda_stand_ins  # noqa: E402
+import cuda_stand_ins
 
 pytestmark = pytest.mark.skipif(cuda_stand_ins.missing() is not None, reason=str(cuda_stand_ins.missing()))
 
