@@ -17,9 +17,9 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
-	test -d $(ORT_GPU)/onnxruntime_gpu-$(ORT_GPU_VERSION).dist-info || $(BIN)/python -m pip install --quiet --no-deps \
-	  --upgrade --target $(ORT_GPU) onnxruntime-gpu==$(ORT_GPU_VERSION) || \
-	  echo "no onnxruntime-gpu for this platform: tests that need it will skip"
+	test -f $(ORT_GPU)/.$(ORT_GPU_VERSION) || ( $(BIN)/python -m pip install --quiet --no-deps --upgrade \
+	  --target $(ORT_GPU) onnxruntime-gpu==$(ORT_GPU_VERSION) cuda-core nvidia-ml-py && \
+	  touch $(ORT_GPU)/.$(ORT_GPU_VERSION) ) || echo "no onnxruntime-gpu for this platform: tests of it will skip"
 	touch $@
 
 demo: setup
@@ -32,13 +32,16 @@ test: setup
 test-all: setup
 	$(PYTEST) -n 2
 
+# On a GPU the GPU build of ONNX Runtime takes the CPU build's place, which it contains.
+ON_GPU := PYTHONPATH=$(ORT_GPU) ATTN_DEPLOY_ORT_GPU=$(ORT_GPU) $(BIN)/python
+
 # Each of these skips with its reason where there is no NVIDIA GPU.
 test-gpu: setup
-	$(BIN)/python -m pytest -m gpu
+	$(ON_GPU) -m pytest -m gpu
 
 bench-gpu: setup
-	$(BIN)/python bench/gpu.py
-	$(BIN)/python bench/cuda_kernels.py
+	$(ON_GPU) bench/gpu.py
+	$(ON_GPU) bench/cuda_kernels.py
 
 accuracy: setup
 	$(PYTEST) -m real_data --no-skip

@@ -118,7 +118,8 @@ class GraphExport:
                 self.not_run.append(candidate)
                 not_run.append(_not_run(candidate, unavailable[candidate.target]))
                 continue
-            session = proving.open_candidate(candidate, self.threads, canonical.inputs, canonical.outputs)
+            with runtimes.progress_of(candidate.target, self.progress):
+                session = proving.open_candidate(candidate, self.threads, canonical.inputs, canonical.outputs)
             proofs.append(Proof(candidate, session))
         return proofs, not_run
 

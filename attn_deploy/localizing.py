@@ -23,7 +23,7 @@ from attn_deploy.built import Built
 from attn_deploy.bundle import CANONICAL, PORTABLE
 from attn_deploy.extras import require_export
 from attn_deploy.inputs import feeds_batch
-from attn_deploy.parity import EXACT_DB, FP32_MIN_SQNR_DB, Case, Moments, sqnr_db
+from attn_deploy.parity import EXACT_DB, FP16_MIN_SQNR_DB, FP32_MIN_SQNR_DB, Case, Moments, sqnr_db
 from attn_deploy.receipt import MAIN, CaseParity, Fidelity
 from attn_deploy.session import Array
 from attn_deploy.target import Precision, Target
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from attn_deploy.export.blocks import Block, Blocks
 
-LOCAL_MIN_SQNR_DB = {Precision.FP32: 80.0, Precision.FP16: 60.0, Precision.INT8: 20.0}
+LOCAL_MIN_SQNR_DB = {Precision.FP32: 80.0, Precision.FP16: 60.0, Precision.BF16: 35.0, Precision.INT8: 20.0}
 """Of one block on the reference's values, by what it computes in. Healthy blocks of the demo, of vit_tiny with its
 trained weights and of efficientnet_b0 under the initializer, on data and on made inputs: FP32 the same bits (200 dB;
 another kernel's rounding leaves 110 or more), FP16 weights 73 dB or more, INT8 29 dB or more on data and 24 on made
@@ -152,6 +152,8 @@ def localize(
     from attn_deploy.export.blocks import pair_blocks
 
     floors = dict(LOCAL_MIN_SQNR_DB)
+    if built.target.on_gpu:
+        floors[Precision.FP16] = FP16_MIN_SQNR_DB  # computed in, and not only stored
     if int8_min_sqnr_db is not None:
         floors[Precision.INT8] = min(floors[Precision.INT8], int8_min_sqnr_db)
     candidate = ir.load(built.files[0])
@@ -258,7 +260,11 @@ def _run(built: Built | None, model: bytes, feeds: Mapping[str, Array], threads:
         session = runtimes.open_session(Target.ONNXRUNTIME_CPU, model, threads=threads)
     else:
         session = runtimes.open_session(
-            built.target, model, threads=threads, library=built.library, options=built.options
+            built.target,
+            model,
+            threads=threads,
+            library=built.library,
+            options=runtimes.options_of_parts(built.target, built.options),
         )
     return next(iter(session.run(feeds).values()))
 

@@ -91,7 +91,12 @@ def check_parity(
 
 
 def _site_parity(site: SiteCase, built: Built, tolerance: Tolerance) -> SiteParity:
-    session = runtimes.open_session(built.target, site.model, library=built.library, options=built.options)
+    session = runtimes.open_session(
+        built.target,
+        site.model,
+        library=built.library,
+        options=runtimes.options_of_parts(built.target, built.options),
+    )
     moments = Moments()
     got = next(iter(session.run(site.feeds).values()))
     moments.add(site.expected, got.reshape(site.expected.shape))

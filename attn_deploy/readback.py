@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -50,8 +51,7 @@ def site_runs(sites: Iterable[tuple[str, str]], nodes: Sequence[Node]) -> tuple[
     """
     runs = []
     for module, root in sites:
-        own = [n for n in nodes if n.name == root or n.name.startswith((root + "/", root + "_"))]
-        own = [n for n in own if not _belongs_to_other(n.name, root)]
+        own = _running(root, [n for n in nodes if any(_is_of(name, root) for name in _names(n))])
         runs.append(
             SiteRun(
                 module=module,
@@ -92,6 +92,23 @@ def _computes(result: Tensor) -> bool:
 
 SHAPE_ELEMENTS = 64
 """A result with more integers than this is no shape."""
+
+
+def _names(node: Node) -> tuple[str, ...]:
+    """The node's name, and those of the ONNX nodes that an engine's layer stands for."""
+    return (node.name, *getattr(node, "covers", ()))
+
+
+def _is_of(name: str, root: str) -> bool:
+    return name == root or (name.startswith((root + "/", root + "_")) and not _belongs_to_other(name, root))
+
+
+def _running(root: str, own: list[Node]) -> list[Node]:
+    """An engine's layers that move a site's operands to the one kernel that multiplies them all are its neighbours."""
+    multiplying = [n for n in own if any(_is_of(p.name, root) for p in getattr(n, "products", ()))]
+    products = sum(_is_of(p.name, root) for n in multiplying for p in getattr(n, "products", ()))
+    fused = products > 1 or any(re.search("mha|attention|flash", n.op_type, re.I) for n in multiplying)
+    return multiplying if len(multiplying) == 1 and fused else own
 
 
 def _belongs_to_other(name: str, root: str) -> bool:
@@ -164,15 +181,20 @@ def dtype_shares(nodes: Sequence[Node], site_roots: Sequence[str]) -> tuple[dict
     """
     everything: collections.Counter[str] = collections.Counter()
     weighted: collections.Counter[str] = collections.Counter()
-    for node in nodes:
-        work = multiply_adds(node)
-        if not work:
-            continue
-        kind = compute_type(node)
+    for name, work, kind in (row for node in nodes for row in _work(node)):
         everything[kind] += work
-        if not any(node.name.startswith(root + "/") for root in site_roots):
+        if not any(name.startswith(root + "/") for root in site_roots):
             weighted[kind] += work
     return _shares(everything), _shares(weighted)
+
+
+def _work(node: Node) -> list[tuple[str, int, str]]:
+    """(ONNX node, multiply-adds, type) of what it multiplies: a layer of an engine may stand for many products."""
+    products = getattr(node, "products", None)
+    if products is not None:
+        return [(p.name, p.multiply_adds, getattr(node, "computes_in", "")) for p in products]
+    work = multiply_adds(node)
+    return [(node.name, work, compute_type(node))] if work else []
 
 
 def _shares(work: collections.Counter[str]) -> dict[str, float]:

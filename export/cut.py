@@ -53,7 +53,7 @@ class Cutter:
         return Part(result, tuple(ordered), tuple(inputs), tuple(constants))
 
     def model_of(self, part: Part, feeds: Mapping[str, Array]) -> bytes:
-        """The part as a serialized model with one output. The types of its inputs are those of `feeds`; where the part
+        """The part as a serialized model with one output. Types and shapes of its inputs are those of `feeds`; where the part
         reads or makes them in half precision, casts stand between."""
         casts: list[ir.Node] = []
         copies: dict[ir.Value, ir.Value] = {}
@@ -63,7 +63,7 @@ class Cutter:
         for value in part.inputs:
             array = feeds[str(value.name)]
             kind = ir.TensorType(ir.DataType.from_numpy(np.asarray(array).dtype))
-            fed = ir.Value(name=value.name, shape=ir.Shape([None] * array.ndim), type=kind)
+            fed = ir.Value(name=value.name, shape=ir.Shape(array.shape), type=kind)
             inputs.append(fed)
             copies[value] = _cast(fed, value.dtype, casts) if value.dtype in HALF and value.dtype != kind.dtype else fed
         nodes = [*casts, *(_copied(node, copies) for node in part.nodes)]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+from attn_deploy.progress import Progress
 from attn_deploy.session import Array, DimBounds, Session, TensorSpec
 from attn_deploy.target import Target
 
@@ -147,3 +150,23 @@ def variant_options(target: Target, dims: Mapping[str, DimBounds], asked: Mappin
         found = {**profile_options(dims), **found}
     runtime(target).check_options(found)
     return found
+
+
+def options_of_parts(target: Target, options: Mapping[str, str]) -> dict[str, str]:
+    """The options for a part of a variant that is run once or twice: nothing that pays off only later."""
+    if not target.on_gpu:
+        return dict(options)
+    found = {name: value for name, value in options.items() if not name.startswith("profile:")}
+    found["cuda_graph"] = "0"
+    if target is Target.TENSORRT:
+        found["optimization_level"] = "0"
+    return found
+
+
+def progress_of(target: Target, progress: Progress) -> AbstractContextManager[None]:
+    """Inside, what takes minutes to open (TensorRT builds its engine) reports to `progress`."""
+    if target is not Target.TENSORRT:
+        return contextlib.nullcontext()
+    from attn_deploy.runtimes.tensorrt_progress import shown_by
+
+    return shown_by(progress)

@@ -39,6 +39,7 @@ TABLE = {
     "...Cosine": "query and key divided by their lengths, then the same",
     "PackedAttentionIndexed...": "Gathers by window, the same with windows in the batch or the heads, one Gather back",
     "ChannelAttention...": "inlined: its head_dim would be the number of tokens, which no fused kernel takes",
+    "RotaryEmbedding...": "com.microsoft RotaryEmbedding where the tables are constants, else inlined",
     "ContextPool, BranchPool, HardAttention": "inlined: no product of query and key",
 }
 """Form -> what it becomes, for README and receipt."""

@@ -29,8 +29,7 @@ def emulate(model: ir.Model) -> ir.Model:
     kinds |= {i: i.dtype for i in (*copy.graph.inputs, *copy.graph.initializers.values())}
     for node in nodes:
         halves = [o for o in node.outputs if kinds[o] in HALVES]
-        from_half = all(i is None or kinds.get(i) != ir.DataType.FLOAT for i in node.inputs)
-        exact = node.op_type in EXACT and (node.op_type != "Cast" or _widens(node, kinds)) and from_half
+        exact = node.op_type in EXACT and (node.op_type != "Cast" or _widens(node, kinds))
         for output in halves:
             half = kinds[output]
             assert half is not None

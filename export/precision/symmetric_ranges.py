@@ -59,7 +59,6 @@ class Histogram:
             enough = np.cumsum(self.counts) >= total * PERCENTILE / 100
             return float(self.largest * max((int(np.argmax(enough)) + 1) / BINS, SMALLEST_SHARE))
         centres = (np.arange(BINS) + 0.5) / BINS
-        centres[0] = 0.0  # a ReLU's zeros
         limits = np.linspace(SMALLEST_SHARE, 1.0, 113)
         steps = limits[:, None] / LEVELS
         error = centres - steps * np.minimum(np.rint(centres / steps), LEVELS)

@@ -122,6 +122,29 @@ def test_an_integer_is_cast_to_the_half_type_at_once() -> None:
     assert sqnr_db(expected, run(emulate(model), **feeds)) > 60
 
 
+def test_a_cast_that_only_float32_reads_has_no_half_twin() -> None:
+    text = "net (bool[n, 8] m, float[n, 8] x) => (float[n, 8] y) { [a__Cast] f = Cast <to: int = 1> (m) "
+    model = network(text + "[a__Pow] p = Pow (x, f) [z__Neg] y = Neg (p) }")
+    halved(model, FP16)
+    assert [n.outputs[0].dtype for n in model.graph if n.inputs[0].name == "m"] == [ir.DataType.FLOAT]  # type: ignore[union-attr]
+
+
+def test_the_shape_of_a_float32_value_is_read_without_a_cast() -> None:
+    text = "net (float[n, 8] x) => (int64[2] d, float[n, 8] y) { [a__Shape] d = Shape (x) [z__Neg] y = Neg (x) }"
+    model = network(text)
+    halved(model, FP16)
+    assert next(n for n in model.graph if n.op_type == "Shape").inputs[0].name == "x"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("precision", [FP16, BF16])
+def test_the_statistics_that_a_layer_norm_gives_out_are_float32(precision: Precision) -> None:
+    middle = "[m__Ln] l, mean, deviation = LayerNormalization (h, c) [m__Mul] g = Mul (l, mean)"
+    model = chain(middle, c=normal(8))
+    halved(model, precision)
+    half = HALF_IR[precision].name
+    assert [types(model)[name] for name in ("l", "mean", f"mean/{half.lower()}")] == [half, "FLOAT", half]
+
+
 def test_a_movement_between_two_float32_nodes_is_not_cast() -> None:
     text = "net (float[n, 4, 6] x) => (float[n, 6, 4] y) { [a__Pow] p = Pow (x, two) "
     text += "[a__Transpose] t = Transpose <perm: ints = [0, 2, 1]> (p) [a__Identity] i = Identity (t) "

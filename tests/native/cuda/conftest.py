@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -29,6 +31,7 @@ from attn_deploy.target import Target
 NATIVE = Path(__file__).parents[3] / "runtimes" / "native"
 CUDA = NATIVE / "cuda"
 EMULATION = Path(__file__).parent / "emulation"
+BUILT = Path(__file__).parents[3] / "build" / "emulated_cuda"
 
 ELEMENT_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
 """NumPy's name -> TensorProto.DataType."""
@@ -36,9 +39,9 @@ ELEMENT_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
 Feeds = dict[str, np.ndarray]
 
 
-def compile_emulated(target: Path, *options: str, extra: Sequence[Path] = (), program: bool = False) -> Path:
-    """Compiles and links the sources of the library, and the emulation, with g++ or clang++; a program has only the
-    kernels and what `extra` has."""
+def compile_emulated(name: str, *options: str, extra: Sequence[Path] = (), program: bool = False) -> Path:
+    """The library's sources and the emulation, compiled with g++ or clang++; a program has only the kernels and what
+    `extra` has. Kept below build/ under the hash of all that it is made from: it takes longer than the tests."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no g++ or clang++ to compile the emulation")
@@ -49,17 +52,25 @@ def compile_emulated(target: Path, *options: str, extra: Sequence[Path] = (), pr
     command = [
         compiler, "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *options,
         *(f"-DATTN_DEPLOY_{define}" for define in defines), f"-I{EMULATION}", f"-I{CUDA}",
-        *([] if program else ["-shared", "-Wl,--no-undefined"]), "-o", str(target), *map(str, sources),
+        *([] if program else ["-shared", "-Wl,--no-undefined"]), *map(str, sources),
         "-x", "c++", *map(str, sorted(CUDA.glob("*.cu"))),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    key = hashlib.sha256(" ".join(command).encode())
+    for file in sorted([*EMULATION.iterdir(), *CUDA.glob("*.[ch]*"), *NATIVE.glob("*.cc"), *NATIVE.glob("*.h")]):
+        key.update(file.read_bytes())
+    target = BUILT / key.hexdigest()[:16] / name
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = target.with_name(f"{name}.{os.getpid()}")
+        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        made.replace(target)
     return target
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_emulated(tmp_path_factory.mktemp("emulated_cuda") / "libattn_deploy_cuda_emulated.so", "-O1")
+def emulated() -> Path:
+    return compile_emulated("libattn_deploy_cuda_emulated.so", "-O1")
 
 
 @dataclass
