@@ -4,8 +4,8 @@
 
 For ViT-B/16, Swin-T, SE-ResNet50 and BERT-base in FP16: the export's own proof (parity, 45 dB or more), then latency
 with everything resident on the GPU against eager PyTorch, torch.compile max-autotune, plain ONNX Runtime CUDA and,
-where it is installed, TensorRT of the plain ONNX, at batches 1, 8, 32 and 128; the sum of the kernels' times of one call by
-CUPTI (through torch.profiler), against the latency with CUDA graphs. Skips with the reason where there is no GPU.
+where it is installed, TensorRT of the plain ONNX, at batches 1, 8, 32 and 128; the sum of the kernels' times of one
+call by CUPTI (through torch.profiler), against the latency with CUDA graphs. Skips with the reason without a GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from common import BUILD, save
 
 import attn_deploy
 from attn_deploy import runtimes
+from attn_deploy.bundle import open_bundle
 from attn_deploy.inputs import make_feeds
 from attn_deploy.target import Target
 
@@ -78,7 +79,7 @@ def export(name: str, target: Target, precision: str) -> Path:
 
 
 def measure(bundle: Path, target: Target, arguments: argparse.Namespace) -> dict[str, Any]:
-    receipt = attn_deploy.bundle.open_bundle(bundle).receipt()
+    receipt = open_bundle(bundle).receipt()
     benched = attn_deploy.benchmark(
         [str(bundle)], against=arguments.against.split(","), batches=arguments.batches, target=str(target),
         seconds=arguments.seconds, copies=False,
@@ -105,7 +106,7 @@ def kernel_sum_ms(bundle: Path, target: Target, batch: int) -> float | None:
     import torch
 
     with attn_deploy.load(bundle, target=str(target)) as session:
-        feeds = make_feeds(session.graph.examples, batch=batch, seed=31)
+        feeds = make_feeds(session.manifest.graphs[session.graph].examples, batch=batch, seed=31)
         tensors = {name: torch.from_numpy(array).cuda() for name, array in feeds.items()}
         for _ in range(3):
             session.run_device(tensors)

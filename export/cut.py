@@ -53,8 +53,8 @@ class Cutter:
         return Part(result, tuple(ordered), tuple(inputs), tuple(constants))
 
     def model_of(self, part: Part, feeds: Mapping[str, Array]) -> bytes:
-        """The part as a serialized model with one output. Types and shapes of its inputs are those of `feeds`; where the part
-        reads or makes them in half precision, casts stand between."""
+        """The part as a serialized model with one output. Types and shapes of its inputs are those of `feeds`; casts
+        stand between where the part reads or makes them in half precision."""
         casts: list[ir.Node] = []
         copies: dict[ir.Value, ir.Value] = {}
         inputs: list[ir.Value] = []

@@ -225,7 +225,8 @@ def test_excluded_layers_are_not_merged() -> None:
 def test_what_moves_nothing_is_dropped() -> None:
     model = network(
         "a = Pad (x, nothing) b = Unsqueeze (a, axis_1) c = Transpose <perm = [0, 2, 3, 1]> (b) "
-        "d = Squeeze (c, axis_3) e = Transpose <perm = [0, 2, 1]> (y) f = Transpose <perm = [0, 2, 1]> (e) out = Add (d, f)"
+        "d = Squeeze (c, axis_3) e = Transpose <perm = [0, 2, 1]> (y) "
+        "f = Transpose <perm = [0, 2, 1]> (e) out = Add (d, f)"
     )
     fused = model.clone()
     assert drop_idle_movement(fused) == 2

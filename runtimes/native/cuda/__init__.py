@@ -83,8 +83,10 @@ def status() -> CudaStatus:
 
 def sources() -> tuple[list[Path], list[Path]]:
     """The files that the library is compiled from, and their headers; none where the package has no sources."""
-    compiled = [*sorted(_HERE.glob("*.cu")), *sorted(_HERE.glob("*.cc"))]
-    compiled += [_HERE.parent / name for name in _SHARED_SOURCES if compiled]
+    shared = [_HERE.parent / name for name in _SHARED_SOURCES]
+    if not all(file.is_file() for file in shared):
+        return [], []
+    compiled = [*sorted(_HERE.glob("*.cu")), *sorted(_HERE.glob("*.cc")), *shared]
     headers = [*sorted(_HERE.glob("*.cuh")), *sorted(_HERE.glob("*.h")), *sorted(_HERE.parent.glob("*.h"))]
     return compiled, headers
 
