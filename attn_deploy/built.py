@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from attn_deploy.parity import SiteCase
+from attn_deploy.receipt import BlockLoss
 from attn_deploy.target import Precision, Target
 
 
@@ -25,4 +26,5 @@ class Built:
     storage: dict[str, float] = field(default_factory=dict)
     options: dict[str, str] = field(default_factory=dict)
     """What the session must be opened with: lowering counts on it."""
+    blocks: tuple[BlockLoss, ...] = ()
     site_cases: Callable[[], Iterator[SiteCase]] | None = None

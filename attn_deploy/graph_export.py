@@ -270,5 +270,5 @@ def _open_model(model: Any) -> Run:
 def _not_run(built: Built, reason: str) -> CandidateEntry:
     return CandidateEntry(
         id=built.id, target=str(built.target), precision=str(built.precision), status="not_run", reason=reason,
-        exempt=built.exempt, storage=built.storage,
+        exempt=built.exempt, storage=built.storage, blocks=built.blocks,
     )  # fmt: skip

@@ -73,7 +73,8 @@ def measure_candidates(
     """Candidates without a fault, those on a CPU and those on a GPU each in a run of their own with their peers. Host
     arrays in and out for everyone: copies count alike."""
     progress.stage("latency")
-    runs, absent = [], {}
+    runs: list[tuple[Measurement, tuple[str, ...]]] = []
+    absent: dict[str, str] = {}
     for on_gpu in (False, True):
         alive = [p for p in proofs if p.fault is None and p.built.target.on_gpu is on_gpu]
         if not alive:

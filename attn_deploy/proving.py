@@ -200,4 +200,5 @@ def entry(proof: Proof, measurement: Measurement | None, batch: int, threads: in
         accuracy=proof.judgement.accuracy if proof.judgement is not None else None,
         latency=latency,
         memory=proof.memory,
+        blocks=built.blocks,
     )

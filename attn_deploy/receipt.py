@@ -137,6 +137,17 @@ class Memory(msgspec.Struct, frozen=True):
     peak_rss_mb: float
 
 
+class BlockLoss(msgspec.Struct, frozen=True):
+    """One block of a half graph on the reference's values, its roundings emulated on the CPU at export. `kept`: it went
+    back to FP32; `sqnr_db` is what it had before, `reason` why."""
+
+    module: str
+    value: str
+    sqnr_db: float
+    kept: bool = False
+    reason: str = ""
+
+
 class CandidateEntry(msgspec.Struct, frozen=True):
     """One candidate. `id` names it within its graph: every graph has candidates of the same ids."""
 
@@ -160,6 +171,8 @@ class CandidateEntry(msgspec.Struct, frozen=True):
     accuracy: Accuracy | None = None
     latency: Latency | None = None
     memory: Memory | None = None
+    blocks: tuple[BlockLoss, ...] = ()
+    """What half precision costs each block; of targets on a GPU."""
     graph: str = MAIN
 
 

@@ -93,6 +93,7 @@ def _built(
         exempt=lowered.plan.exempt + lowered.notes,
         storage=_storage_mb(lowered.model),
         options=lowered.options,
+        blocks=lowered.blocks,
         site_cases=partial(site_cases, canonical, lowered.model, records),
     )
 

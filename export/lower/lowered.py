@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from attn_deploy.export.precision.plan import PrecisionPlan
+from attn_deploy.receipt import BlockLoss
 from attn_deploy.session import Array
 
 Batches = Callable[[], Iterable[Mapping[str, Array]]]
@@ -36,10 +37,12 @@ class Conditions:
 @dataclass(frozen=True)
 class Lowered:
     """A model for one target and precision. `library` says that it holds operators of the target's native library;
-    `options` are what its session must be opened with; `notes` what of the asked precision was not kept, and why."""
+    `options` are what its session must be opened with; `notes` what of the asked precision was not kept, and why;
+    `blocks` what half precision costs each of them."""
 
     model: ir.Model
     plan: PrecisionPlan
     library: bool
     notes: tuple[str, ...] = ()
     options: dict[str, str] = field(default_factory=dict)
+    blocks: tuple[BlockLoss, ...] = ()

@@ -24,16 +24,16 @@ from attn_deploy.export.lower.cuda_operator import Operator
 from attn_deploy.export.lower.cuda_opset import NO_KERNEL_AT_22, raise_for_attention
 from attn_deploy.export.lower.cuda_rotary import fuse_rotary
 from attn_deploy.export.lower.cuda_skip_norm import FUSED, fuse_skip_norm
+from attn_deploy.export.lower.half_graph import half_graph
 from attn_deploy.export.lower.lowered import Alternative, Batches, Conditions, Lowered
+from attn_deploy.export.lower.norms import whole_norms
 from attn_deploy.export.lower.static_shapes import write_shapes
-from attn_deploy.export.lower.tensorrt_norms import whole_norms
 from attn_deploy.export.precision.calibration import OpenModel
-from attn_deploy.export.precision.half import to_half
-from attn_deploy.export.precision.half_ranges import collect_magnitudes
 from attn_deploy.export.precision.insert import drop_unused_initializers
 from attn_deploy.export.precision.plan import PrecisionPlan
 from attn_deploy.export.to_onnx import CanonicalModel
 from attn_deploy.ops import DOMAIN, FORMS
+from attn_deploy.receipt import BlockLoss
 from attn_deploy.target import Precision
 
 PRECISIONS = (Precision.FP32, Precision.FP16, Precision.BF16)
@@ -76,7 +76,7 @@ def lower(
     attention: Operator = "Attention",
 ) -> Lowered:
     """`native`: forms that stay operators, to be run by the CUDA library. `exclude`: module paths that stay FP32.
-    `calibration` and `open_model` (on the CPU): magnitudes for FP16; without them no range is looked at. `attention`:
+    `calibration` and `open_model` (on the CPU): magnitudes for FP16 and the loss of each block; without them neither. `attention`:
     the operator that is taken where two compute the same.
 
     Raises UnavailableError for a precision that the provider has no kernels for.
@@ -95,13 +95,15 @@ def lower(
     merge_linears(model, exclude)
     RemoveUnusedNodesPass()(model)
     drop_unused_initializers(model)
+    blocks: tuple[BlockLoss, ...] = ()
     if precision is not Precision.FP32:
-        magnitudes = {}
-        if precision is Precision.FP16 and calibration is not None and open_model is not None:
-            magnitudes = collect_magnitudes(model, calibration(), open_model)
-        kernels = half_kernels(precision, native)
-        notes += to_half(model, precision, magnitudes, keep=exclude, kernels=kernels).notes
-    return Lowered(model, PrecisionPlan(()), bool(model.functions), notes, _options(model, precision, layout))
+        half = half_graph(
+            canonical, model, precision, calibration, open_model, exclude=exclude,
+            kernels=half_kernels(precision, native),
+        )  # fmt: skip
+        model, notes, blocks = half.model, notes + half.notes, half.blocks
+    options = _options(model, precision, layout)
+    return Lowered(model, PrecisionPlan(()), bool(model.functions), notes, options, blocks)
 
 
 def _require(canonical: CanonicalModel, precision: Precision) -> None:
@@ -125,7 +127,7 @@ def _require(canonical: CanonicalModel, precision: Precision) -> None:
 
 def _options(model: ir.Model, precision: Precision, layout: Layout) -> dict[str, str]:
     """Options of the provider that the session must be opened with."""
-    options = {}
+    options = {"cuda_graph": "1"}
     if precision is Precision.FP32:
         options["use_tf32"] = "0"  # TF32 keeps 11 bits of an operand: it would not be FP32
     elif any(node.op_type in FUSED.values() for node in model.graph):

@@ -32,10 +32,11 @@ import onnx_ir as ir
 
 from attn_deploy.errors import AttnDeployError, UsageError
 from attn_deploy.export.functions import inline_functions
+from attn_deploy.export.lower.half_graph import half_graph
 from attn_deploy.export.lower.lowered import Alternative, Batches, Conditions, Lowered
+from attn_deploy.export.lower.norms import whole_norms
 from attn_deploy.export.lower.static_shapes import write_shapes
 from attn_deploy.export.lower.tensorrt_attention import OPERATORS, AttentionForm, lower_attention
-from attn_deploy.export.lower.tensorrt_norms import whole_norms
 from attn_deploy.export.lower.tensorrt_operators import (
     NEWEST,
     Version,
@@ -47,13 +48,13 @@ from attn_deploy.export.lower.tensorrt_operators import (
 from attn_deploy.export.opset import raise_opset
 from attn_deploy.export.precision.calibration import OpenModel
 from attn_deploy.export.precision.half import to_half
-from attn_deploy.export.precision.half_loss import Reference, half_within
 from attn_deploy.export.precision.half_ranges import collect_magnitudes
 from attn_deploy.export.precision.insert import drop_unused_initializers
 from attn_deploy.export.precision.int8_symmetric import int8_symmetric, plan_symmetric
 from attn_deploy.export.precision.plan import PrecisionPlan
-from attn_deploy.export.to_onnx import CanonicalModel, portable
+from attn_deploy.export.to_onnx import CanonicalModel
 from attn_deploy.ops import DOMAIN, FORMS
+from attn_deploy.receipt import BlockLoss
 from attn_deploy.target import Precision
 
 ATTENTION_SINCE: Version = (10, 14)
@@ -130,12 +131,13 @@ def lower(
     model = canonical.model.clone()
     _lower_forms(model, form, version)
     opset = model.opset_imports[""]
-    plan, notes = PrecisionPlan(()), tuple[str, ...]()
+    plan, notes, blocks = PrecisionPlan(()), tuple[str, ...](), tuple[BlockLoss, ...]()
     if precision is Precision.INT8:
         plan = plan_symmetric(canonical.model, exclude)
-        notes = _quantize(model, plan, calibration, open_model, int8_attention)
+        plan, notes = _quantize(model, plan, calibration, open_model, int8_attention)
     elif precision is not Precision.FP32:
-        model, notes = _half(canonical, model, precision, calibration, open_model, exclude)
+        half = half_graph(canonical, model, precision, calibration, open_model, exclude=exclude)
+        model, notes, blocks = half.model, half.notes, half.blocks
     # BF16 convolutions are in ONNX from opset 22 on and in TensorRT's parser at every opset: the number is a label.
     model.graph.opset_imports[""] = min(model.opset_imports[""], max(opset, max_opset(version)))
     drop_unused_initializers(model)
@@ -143,7 +145,7 @@ def lower(
         if node.op_type == "Attention":  # last: no runtime but TensorRT takes a model with it
             node.attributes[DECOMPOSABLE] = ir.AttrInt64(DECOMPOSABLE, 1)
     check_parses(model, version)
-    return Lowered(model, plan, library=False, notes=notes)
+    return Lowered(model, plan, library=False, notes=notes, blocks=blocks)
 
 
 def _lower_forms(model: ir.Model, form: AttentionForm, version: Version) -> None:
@@ -166,32 +168,15 @@ def _lower_forms(model: ir.Model, form: AttentionForm, version: Version) -> None
         model.graph.opset_imports[""] = opset  # older TensorRT can then take the model too
 
 
-def _half(
-    canonical: CanonicalModel, model: ir.Model, precision: Precision, calibration: Batches | None,
-    open_model: OpenModel | None, exclude: Sequence[str],
-) -> tuple[ir.Model, tuple[str, ...]]:  # fmt: skip
-    """In half precision, each block checked against FP32 where there is data to do it with."""
-    if calibration is None or open_model is None:
-        return model, to_half(model, precision, {}, keep=exclude).notes
-    magnitudes = {} if precision is Precision.BF16 else collect_magnitudes(model, calibration(), open_model)
-    reference = Reference(canonical.model, portable(canonical), [site.node for site in canonical.sites])
-    half, loss = half_within(model, precision, magnitudes, reference, calibration, open_model, keep=exclude)
-    notes = loss.plan.notes
-    if not loss.holds:
-        worst = min(loss.outputs.items(), key=lambda item: item[1], default=("", 0.0))
-        notes += (f"{worst[0]} has {worst[1]:.1f} dB in {precision}, {loss.floor_db:g} dB or more is asked",)
-    return half, notes
-
-
 def _quantize(
     model: ir.Model, plan: PrecisionPlan, calibration: Batches | None, open_model: OpenModel | None, attention: bool
-) -> tuple[str, ...]:
-    """INT8 as `plan` says, in place, and FP16 for the rest."""
+) -> tuple[PrecisionPlan, tuple[str, ...]]:
+    """INT8 as `plan` says, in place, and FP16 for the rest; the plan as it was kept, and notes."""
     if calibration is None or open_model is None:
         raise AttnDeployError("INT8 for TensorRT has static ranges", got="no calibration data", expected="some")
     magnitudes = collect_magnitudes(model, calibration(), open_model)
-    int8_symmetric(model, plan, calibration, open_model, attention=attention)
-    return to_half(model, Precision.FP16, magnitudes).notes
+    kept = int8_symmetric(model, plan, calibration, open_model, attention=attention)
+    return kept, to_half(model, Precision.FP16, magnitudes).notes
 
 
 def standard(model: ir.Model) -> ir.Model:

@@ -30,7 +30,8 @@ BLOCK_MIN_SQNR_DB = {Precision.FP16: 45.0, Precision.BF16: 35.0}
 """Of each block on the reference's values, and of the whole model."""
 
 LOSS_BATCHES = 2
-"""Each round measures all blocks on them: a block's loss hardly differs between samples, and rounds may be many."""
+"""Each round measures all blocks on them, and rounds may be many; how much a block's loss differs between samples was
+not measured."""
 
 AT_ONCE = 0.125
 """Share of the blocks that go back in one round when each holds alone and the whole does not: the worst first."""
