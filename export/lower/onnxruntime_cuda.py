@@ -76,8 +76,8 @@ def lower(
     attention: Operator = "Attention",
 ) -> Lowered:
     """`native`: forms that stay operators, to be run by the CUDA library. `exclude`: module paths that stay FP32.
-    `calibration` and `open_model` (on the CPU): magnitudes for FP16 and the loss of each block; without them neither. `attention`:
-    the operator that is taken where two compute the same.
+    `calibration` and `open_model` (on the CPU): magnitudes for FP16 and the loss of each block; without them neither.
+    `attention`: the operator that is taken where two compute the same.
 
     Raises UnavailableError for a precision that the provider has no kernels for.
     """

@@ -262,7 +262,9 @@ class _SideBySide:
             if all(o in copies for o in node.outputs):
                 continue
             number = len(graph)
-            outputs = [ir.Value(name=f"loss/{number}/{o.name}", shape=o.shape, type=o.type) for o in node.outputs]
+            outputs = [  # an output without a name is one that the node leaves out
+                ir.Value(name=o.name and f"loss/{number}/{o.name}", shape=o.shape, type=o.type) for o in node.outputs
+            ]
             copies.update(zip(node.outputs, outputs, strict=True))
             inputs = [None if i is None else copies[i] for i in node.inputs]
             graph.append(

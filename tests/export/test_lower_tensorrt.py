@@ -16,10 +16,10 @@ import pytest
 
 from attn_deploy.errors import AttnDeployError, UsageError
 from attn_deploy.export.capture import CapturedModel, capture
+from attn_deploy.export.lower.norms import whole_norms
 from attn_deploy.export.lower.static_shapes import write_shapes
 from attn_deploy.export.lower.tensorrt import AttentionForm, lower, standard
 from attn_deploy.export.lower.tensorrt_attention import OPERATORS
-from attn_deploy.export.lower.norms import whole_norms
 from attn_deploy.export.lower.tensorrt_operators import minimum_version
 from attn_deploy.export.opset import raise_opset
 from attn_deploy.export.precision.emulate import emulate

@@ -268,18 +268,24 @@ struct MmaPipeline {
   }
 };
 
-// Blocks of a multiprocessor that registers must suffice for: as many as there can be without spills (ptxas 13.0).
-constexpr int MmaBlocks(int head_dim, bool plain) {
+// Blocks of a multiprocessor that registers must suffice for: as many as there can be without spills, which differs by
+// architecture (ptxas 13.0).
+constexpr int MmaBlocks(int head_dim, bool plain, bool bias_in_registers) {
+  if (head_dim > 64) return 2;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  return 2 + (head_dim <= 32 && plain ? 1 : 0);
+  return head_dim <= 32 && plain ? 3 : 2;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if (head_dim <= 32) return plain && bias_in_registers ? 4 : 3;
+  return plain && !bias_in_registers ? 3 : 2;
 #else
-  return head_dim <= 32 ? 3 + (plain ? 1 : 0) : head_dim <= 64 ? 2 + (plain ? 1 : 0) : 2;
+  return (head_dim <= 32 ? 3 : 2) + (plain ? 1 : 0);
 #endif
 }
 
 // kBiasInRegisters: the window has one tile of keys and a bias that is every sample's, which is then read only once.
 template <typename T, int kHeadDim, int kStages, bool kPlain, bool kBiasInRegisters>
-__global__ void __launch_bounds__(kMmaThreads, MmaBlocks(kHeadDim, kPlain)) MmaAttention(const PackedAttentionArguments p) {
+__global__ void __launch_bounds__(kMmaThreads, MmaBlocks(kHeadDim, kPlain, kBiasInRegisters))
+    MmaAttention(const PackedAttentionArguments p) {
   using Pipeline = MmaPipeline<T, kHeadDim, kStages>;
   constexpr int kStride = Pipeline::Layout::kStride;
   const Place place = PlaceOfBlock(p, kMmaRows);
