@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from attn_deploy import bundle as bundles
-from attn_deploy import environment, loading
+from attn_deploy import environment, loading, runtimes
 from attn_deploy.errors import UnavailableError, UsageError
 from attn_deploy.extras import require_export
 from attn_deploy.inputs import ExampleInput, make_feeds
@@ -78,12 +78,12 @@ def benchmark(
     require_one_resolution(inputs)
     progress = progress or Silent()
     threads = threads or environment.available_cores()
-    facts = environment.host()
     rows: list[BenchRow] = []
     settings = _Settings(tuple(against), threads, inputs, graph, target, parse_precision(precision))
     with contextlib.ExitStack() as stack:
         progress.stage("models")
         opened = [one for item in items for one in _open(stack, item, settings)]
+        facts = environment.host() | runtimes.device_facts(item.target for item in opened)
         for batch in batches:
             progress.stage(f"batch {batch}")
             rows += _measure(opened, batch, threads, seconds, copies, progress)
@@ -119,9 +119,10 @@ class _Item:
 
     def __init__(
         self, name: str, examples: Sequence[ExampleInput], dims: Mapping[str, DimBounds], runs: Sequence[Peer],
-        absent: Mapping[str, str],
+        target: Target, absent: Mapping[str, str],
     ) -> None:  # fmt: skip
         self.name = name
+        self.target = target
         self.examples = examples
         self.dims = dims
         self.runs = tuple(runs)
@@ -195,7 +196,7 @@ def _open(stack: contextlib.ExitStack, item: str, settings: _Settings) -> Iterat
                     peers, absent = open_peers(stack, captured, settings.against, settings.place(target, precision))
                 runs += peers
             shown = Path(item).name if name == MAIN else f"{Path(item).name} {name}"
-            yield _Item(shown, entry.examples, entry.dims, runs, absent)
+            yield _Item(shown, entry.examples, entry.dims, runs, target, absent)
         return
     if not settings.against:
         raise UsageError("a source has nothing to run but its peers", got=item, next_step="add --against eager")
@@ -205,7 +206,7 @@ def _open(stack: contextlib.ExitStack, item: str, settings: _Settings) -> Iterat
     peers, absent = open_peers(stack, captured, settings.against, settings.place(target, settings.precision))
     if not peers:
         raise UnavailableError("no peer of the source runs here", got=absent, next_step="attn-deploy doctor")
-    yield _Item(item, captured.inputs, captured.dims, peers, absent)
+    yield _Item(item, captured.inputs, captured.dims, peers, target, absent)
 
 
 def _resident(session: loading.BundleSession) -> Resident:

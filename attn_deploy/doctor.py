@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import msgspec
 
 from attn_deploy import environment, runtimes
 from attn_deploy.gpus import Gpus, nvidia_gpus
 from attn_deploy.runtimes import native
+from attn_deploy.runtimes.native import NativeStatus, cuda
 from attn_deploy.target import Target
 
 
@@ -46,7 +48,9 @@ def diagnose() -> Diagnosis:
     gpus = nvidia_gpus()
     checks = [target_check(target, runtimes.availability(target), gpus) for target in Target]
     checks.append(Check("NVIDIA GPU", True if gpus else None, gpus.describe() if gpus else "none on this host"))
-    checks.append(_native())
+    checks.append(_kernels("native kernels", native.status(), "function bodies"))
+    if gpus is not None:
+        checks.append(_kernels("CUDA kernels", cuda.status(), "stock operators"))
     conflict = environment.runtime_conflict()
     if conflict is not None:
         checks.append(Check("one flavour of onnxruntime", False, conflict))
@@ -83,19 +87,24 @@ def target_check(target: Target, reason: str | None, gpus: Gpus | None) -> Check
     if target.on_gpu and gpus is None:
         return Check(name, None, "no NVIDIA GPU on this host: bundles for it can be written with --allow-unproven")
     extra, distributions = _PACKAGES[target]
-    why, _, command = reason.partition("; next: ")
+    why, command = _with_command(reason)
     installed = any(environment.installed(d) for d in distributions)
     broken = installed or not target.on_gpu
     return Check(name, False if broken else None, why, command or f"pip install '.[{extra}]'")
 
 
-def _native() -> Check:
-    status = native.status()
+def _with_command(reason: str) -> tuple[str, str]:
+    """A reason ends with its command where there is one: `...; next: COMMAND`, or `...: pip install PACKAGES`."""
+    why, _, command = reason.partition("; next: ")
+    found = re.fullmatch(r"(.*?): (pip (?:un)?install .*)", why)
+    return (found.group(1), found.group(2)) if found and not command else (why, command)
+
+
+def _kernels(name: str, status: NativeStatus, otherwise: str) -> Check:
     if status.available:
-        found = f"{len(status.operators)} operators, version {status.version}, {status.path}"
-        return Check("native kernels", True, found)
+        return Check(name, True, f"{len(status.operators)} operators, version {status.version}, {status.path}")
     reason, _, command = (status.reason or "not there").partition("; next: ")
-    return Check("native kernels", None, f"{reason}: function bodies run instead", command or None)
+    return Check(name, None, f"{reason}: {otherwise} run instead", command or None)
 
 
 def _int8() -> Check:

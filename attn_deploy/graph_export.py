@@ -46,7 +46,7 @@ class GraphExport:
         self.source = source
         self.progress = progress
         self.threads = options.threads or environment.available_cores()
-        self.host = environment.host()
+        self.host = environment.host() | runtimes.device_facts(options.targets)
         self.dataset: Dataset | None = None
         self.split: Split | None = None
         self.judged = self.calibrated = 0

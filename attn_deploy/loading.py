@@ -233,6 +233,13 @@ def _chosen(manifest: Manifest, graph: str, target: str | None) -> str:
     known = [Target(t) for t in chosen if t in set(Target)]
     wanted = [parse_target(target)] if target is not None else sorted(known, key=lambda t: not t.on_gpu)
     reasons = []
+    unproven = {v.target for v in manifest.graphs[graph].variants.values()} - chosen.keys()
+    if unproven and (not chosen or (wanted and wanted[0] in unproven)):
+        raise UnavailableError(
+            "the bundle's variants were not proven yet", got="not run: " + ", ".join(sorted(unproven)),
+            expected="a variant that was proven on a host like this one",
+            next_step="attn-deploy validate BUNDLE on the device proves them and chooses",
+        )  # fmt: skip
     for candidate in wanted:
         if candidate not in chosen:
             raise UsageError("the bundle has no variant for this target", got=candidate, expected=", ".join(chosen))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
+
+import msgspec
 
 from attn_deploy.progress import Progress
 from attn_deploy.session import Array, DimBounds, Session, TensorSpec
@@ -170,3 +172,14 @@ def progress_of(target: Target, progress: Progress) -> AbstractContextManager[No
     from attn_deploy.runtimes.tensorrt_progress import shown_by
 
     return shown_by(progress)
+
+
+def device_facts(targets: Iterable[Target]) -> dict[str, str | int | float | None]:
+    """What the GPU is and does at this moment (clocks, power), for the host's facts; empty where no target is on one
+    that can be used."""
+    if not any(target.on_gpu and availability(target) is None for target in targets):
+        return {}
+    from attn_deploy.runtimes.cuda_facts import device_facts as facts_of
+
+    found = msgspec.to_builtins(facts_of())
+    return {f"gpu_{name}": ", ".join(v) if isinstance(v, (list, tuple)) else v for name, v in found.items()}

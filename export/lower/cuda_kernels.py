@@ -26,6 +26,10 @@ NO_BF16 = NO_FP16 | frozenset(
 NO_BF16_CONTRIB = frozenset({"BiasAdd", "FusedConv", "NhwcConv", "RelativePositionBias", "BiasSplitGelu"})
 
 
+NATIVE_MAX_HEAD_DIM = 128
+"""Of PackedAttention in our CUDA library (MAX_HEAD_DIM of runtimes/native/cuda; a test holds the two together)."""
+
+
 def half_kernels(precision: Precision, native: frozenset[str]) -> HalfKernels:
     """`native`: forms of ours that the target's library has a kernel for in either half type.
 

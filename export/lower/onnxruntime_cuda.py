@@ -18,7 +18,7 @@ from attn_deploy.export.functions import inline_functions
 from attn_deploy.export.lower.cuda_attention import ATTENTION, fuse_attention
 from attn_deploy.export.lower.cuda_bias_gelu import fuse_bias_gelu
 from attn_deploy.export.lower.cuda_idle import drop_idle_movement
-from attn_deploy.export.lower.cuda_kernels import half_kernels
+from attn_deploy.export.lower.cuda_kernels import NATIVE_MAX_HEAD_DIM, half_kernels
 from attn_deploy.export.lower.cuda_linear import merge_linears
 from attn_deploy.export.lower.cuda_operator import Operator
 from attn_deploy.export.lower.cuda_opset import NO_KERNEL_AT_22, raise_for_attention
@@ -48,7 +48,7 @@ Layout = Literal["nchw", "nhwc"]
 def alternatives(canonical: CanonicalModel, precision: Precision, conditions: Conditions) -> tuple[Alternative, ...]:
     """Stock operators or our library's, for convolutions channels last or first (the provider has channels-last
     kernels for FP32 and FP16), and for attention the other operator, whose half kernels are others."""
-    used = frozenset(s.operator for s in canonical.sites) & conditions.kernels
+    used = native_forms(canonical, conditions.kernels)
     has_conv = any(node.op_type == "Conv" for node in canonical.model.graph)
     layouts: tuple[Layout, ...] = ("nchw", "nhwc") if has_conv and precision is not Precision.BF16 else ("nchw",)
     found = []
@@ -62,6 +62,18 @@ def alternatives(canonical: CanonicalModel, precision: Precision, conditions: Co
     if has_attention and precision is not Precision.FP32:
         found.append(Alternative("-multihead", {"layout": "nchw", "attention": "MultiHeadAttention"}))
     return tuple(found)
+
+
+def native_forms(canonical: CanonicalModel, kernels: frozenset[str]) -> frozenset[str]:
+    """The forms of the model that the library has a kernel for, whatever the size of their heads in it."""
+    too_wide = set()
+    for node in canonical.model.graph:
+        if node.domain == DOMAIN and FORMS[node.op_type].operator == "PackedAttention":
+            packed = node.inputs[0]  # [batch, tokens, 3, heads, head_dim]
+            head_dim = packed.shape[-1] if packed is not None and packed.shape is not None else None
+            if not isinstance(head_dim, int) or head_dim > NATIVE_MAX_HEAD_DIM:
+                too_wide.add(node.op_type)
+    return (frozenset(s.operator for s in canonical.sites) & kernels) - too_wide
 
 
 def lower(

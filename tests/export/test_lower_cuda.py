@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from attn_deploy.errors import UnavailableError
 from attn_deploy.export.capture import CapturedModel, capture
 from attn_deploy.export.lower import onnxruntime_cuda
-from attn_deploy.export.lower.cuda_kernels import NO_BF16, NO_BF16_CONTRIB, NO_FP16
+from attn_deploy.export.lower.cuda_kernels import NATIVE_MAX_HEAD_DIM, NO_BF16, NO_BF16_CONTRIB, NO_FP16
 from attn_deploy.export.lower.cuda_opset import NO_KERNEL_AT_22
 from attn_deploy.export.lower.lowered import Conditions
 from attn_deploy.export.precision.emulate import emulate
@@ -28,6 +29,7 @@ from attn_deploy.export.sources import LoadedSource, SourceRequest, load_source
 from attn_deploy.export.to_onnx import CanonicalModel, portable, to_onnx
 from attn_deploy.inputs import make_feeds, parse_input
 from attn_deploy.parity import sqnr_db
+from attn_deploy.runtimes.native import cuda
 from attn_deploy.session import Array, DimBounds
 from attn_deploy.target import Precision
 
@@ -240,6 +242,20 @@ def test_what_only_a_measurement_can_decide_is_offered() -> None:
     assert suffixes(pooled, Precision.FP16) == ["", "-nhwc"]
     multihead = onnxruntime_cuda.lower(windows, Precision.FP16, attention="MultiHeadAttention").model
     assert operators(multihead)["MultiHeadAttention"] == 2
+
+
+def test_our_kernels_are_offered_only_for_heads_that_they_take() -> None:
+    _, windows = exported("windows")
+    assert NATIVE_MAX_HEAD_DIM == cuda.MAX_HEAD_DIM
+    form = windows.sites[0].operator
+    assert onnxruntime_cuda.native_forms(windows, frozenset({form})) == {form}
+    wide = dataclasses.replace(windows, model=windows.model.clone())
+    node = next(n for n in wide.model.graph if n.op_type == form)
+    packed = node.inputs[0]
+    assert packed is not None
+    assert packed.shape is not None
+    packed.shape = ir.Shape([*packed.shape[:-1], NATIVE_MAX_HEAD_DIM + 1])
+    assert onnxruntime_cuda.native_forms(wide, frozenset({form})) == frozenset()
 
 
 def pooled_model() -> CanonicalModel:

@@ -48,6 +48,13 @@ def test_a_runtime_that_is_installed_beside_a_gpu_and_does_not_work_is_a_fault(
     assert check.next_step == "pip install nvidia-cudnn-cu13"
 
 
+def test_the_command_that_a_reason_ends_with_is_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _name: "1.32.0")
+    swap = "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+    check = target_check(Target.ONNXRUNTIME_CUDA, f"onnxruntime 1.32.0 is the CPU flavour: {swap}", H200)
+    assert (check.found, check.next_step) == ("onnxruntime 1.32.0 is the CPU flavour", swap)
+
+
 def test_the_cpu_target_is_never_optional(nothing_installed: None) -> None:
     check = target_check(Target.ONNXRUNTIME_CPU, "onnxruntime is not installed", None)
     assert (check.ok, check.next_step) == (False, "pip install '.[cpu]'")

@@ -24,7 +24,9 @@ struct MmaLayout {
   static constexpr int kBytes = 2 * kElements + 4 * (kMmaRows + kMmaKeys);
 };
 
-__host__ __device__ constexpr int RoundUp(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+__host__ __device__ constexpr int RoundUp(int value, int multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 // Copies `count` rows, positions `begin` and on of the window, to a tile of shared memory, 8 elements at a time. Rows
 // up to the next multiple of 16 and elements up to the next multiple of 16 become 0.
@@ -270,7 +272,7 @@ struct MmaPipeline {
 
 // Blocks of a multiprocessor that registers must suffice for: as many as there can be without spills, which differs by
 // architecture (ptxas 13.0).
-constexpr int MmaBlocks(int head_dim, bool plain, bool bias_in_registers) {
+constexpr int MmaBlocks(int head_dim, bool plain, [[maybe_unused]] bool bias_in_registers) {
   if (head_dim > 64) return 2;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   return head_dim <= 32 && plain ? 3 : 2;

@@ -222,7 +222,8 @@ __device__ void WriteRows(const PackedAttentionArguments& p, const Place& place,
 }
 
 template <typename T, int kHeadDim, bool kPlain>
-__global__ void __launch_bounds__(kSimtThreads, kHeadDim <= 32 ? 2 : 3) SimtAttention(const PackedAttentionArguments p) {
+__global__ void __launch_bounds__(kSimtThreads, kHeadDim <= 32 ? 2 : 3)
+    SimtAttention(const PackedAttentionArguments p) {
   using Layout = SimtLayout<kHeadDim>;
   const Place place = PlaceOfBlock(p, Layout::kRows);
   float* const query = reinterpret_cast<float*>(SharedMemory());
@@ -254,7 +255,8 @@ __global__ void __launch_bounds__(kSimtThreads, kHeadDim <= 32 ? 2 : 3) SimtAtte
       }
       SimtScores<Layout> scores;
       MultiplyQueryKey<Layout>(query, key, row, lane, scores);
-      FinishScores<T, Layout, kPlain>(p, place, sample, key_begin, row, lane, scale, inverse_queries, inverse_keys, scores);
+      FinishScores<T, Layout, kPlain>(p, place, sample, key_begin, row, lane, scale, inverse_queries, inverse_keys,
+                                      scores);
       FoldScores<Layout>(row, lane, scores, states, sums, weights);
       __syncwarp();  // a row's weights are written and read by the same 8 lanes
       MultiplyWeightsValue<Layout>(weights, value, tile_keys, row, lane, sums);

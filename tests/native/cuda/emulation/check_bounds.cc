@@ -79,7 +79,10 @@ void RunWindows(const Case& c, Element element, int compute_capability) {
   const Tensor fill(element, 6LL * c.head_dim);
   const Tensor bias(element, 2LL * 2 * c.length * c.length);
   const Tensor output(element, 2LL * tokens * 2 * c.head_dim);
-  const auto index = Exactly<int64_t>(places, [&](int64_t i) { return i < tokens ? tokens - 1 - i : i == places - 1 ? 1LL << 40 : -1; });
+  const auto index = Exactly<int64_t>(places, [&](int64_t i) -> int64_t {
+    if (i < tokens) return tokens - 1 - i;
+    return i == places - 1 ? int64_t{1} << 40 : -1;
+  });
   const auto bias_index = Exactly<int64_t>(c.windows, [](int64_t i) { return i % 3; });  // 2 is no item
 
   cuda::PackedAttentionArguments p;

@@ -34,7 +34,7 @@ extern Index gridDim;
 unsigned char* SharedMemory();
 
 // Runs every block of the grid, one after the other, each thread of which calls `kernel`. The threads' turns follow
-// SetOrder. Returns false, and runs nothing, where the grid is empty or `shared_bytes` is more than `identity` may have.
+// SetOrder. Returns false, and runs nothing, where the grid is empty or `shared_bytes` more than `identity` may have.
 // One grid runs at a time, whichever thread of the process asks for it.
 bool Run(const void* identity, const Grid& grid, const std::function<void()>& kernel);
 

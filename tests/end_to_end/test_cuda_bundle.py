@@ -1,0 +1,71 @@
+"""A bundle for CUDA, written on a host without a GPU and opened where the real ONNX Runtime CUDA runs upon stand-ins.
+
+What is read back there is real: which node runs where and in which type. Numbers are not, since no kernel runs: every
+variant must fail parity, and must not be promoted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import attn_deploy
+from attn_deploy.bundle import open_bundle
+from attn_deploy.errors import UnavailableError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "runtimes"))  # for cuda_stand_ins
+
+import cuda_stand_ins
+
+Cli = Callable[..., Any]
+CUDA = "CUDAExecutionProvider"
+_REASON = cuda_stand_ins.missing_for_sessions()
+upon_stand_ins = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, attn_deploy_cli: Cli) -> Path:
+    out = tmp_path_factory.mktemp("cuda") / "demo.attn"
+    ran = attn_deploy_cli(
+        "export", "demo", "--target", "onnxruntime-cuda", "--precision", "fp16", "--allow-unproven", "--out", out
+    )
+    assert ran.code == 0, ran.err
+    return out
+
+
+def test_every_variant_is_written_as_not_run_with_the_loss_of_its_blocks(bundle: Path) -> None:
+    rows = open_bundle(bundle).receipt().candidates
+    variants = open_bundle(bundle).manifest.graphs["main"].variants
+    assert [c.id for c in rows] == list(variants)
+    assert all((c.status, c.parity, c.latency) == ("not_run", None, None) for c in rows)
+    assert all(c.blocks and all(b.kept or b.sqnr_db >= 45 for b in c.blocks) for c in rows)
+    assert {v.options["cuda_graph"] for v in variants.values()} == {"1"}
+
+
+def test_an_application_is_told_to_prove_it_first(bundle: Path) -> None:
+    for target in (None, "onnxruntime-cuda"):
+        with pytest.raises(UnavailableError, match="not proven yet") as caught:
+            attn_deploy.load(bundle, target=target)
+        assert "attn-deploy validate" in str(caught.value)
+
+
+@upon_stand_ins
+def test_validate_reads_back_what_runs_and_promotes_nothing_that_is_wrong(bundle: Path) -> None:
+    ran = cuda_stand_ins.run_python("-m", "attn_deploy.cli", "validate", bundle, "--json")
+    assert ran.returncode == 3, ran.stderr
+    found = json.loads(ran.stdout)["validation"]
+    for row in found["candidates"]:
+        assert row["status"] == "failed"
+        assert row["weighted_dtype_share"] == {"float16": 1.0}
+        assert {s["provider"] for s in row["sites"]} == {CUDA}
+        (attention,) = (s for s in row["sites"] if s["module"] == "transformer.attention")
+        fused = "MultiHeadAttention" if row["id"].endswith("multihead") else "Attention"
+        assert attention["implementation"] == f"ort:{fused}"
+    assert len(found["candidates"]) == len(open_bundle(bundle).receipt().candidates)
+    assert found["promoted"] == []
+    assert open_bundle(bundle).manifest.chosen == {}
