@@ -6,9 +6,10 @@ import contextlib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import onnx_ir as ir
 import torch
@@ -68,12 +69,17 @@ def build_candidates(
         conditions = Conditions(frozenset(kernels.get(target, ())), options.tensorrt_version)
         found = RECIPES[target].alternatives(canonical, precision, conditions)
         plans += [(target, precision, alternative) for alternative in found]
+    before: tuple[Any, Lowered] | None = None
     for done, (target, precision, alternative) in enumerate(plans):
         report.step(done, len(plans))
-        lowered = RECIPES[target].lower(
-            canonical, precision, calibration=calibration, open_model=open_model, exclude=options.exclude,
-            **alternative.arguments,
-        )  # fmt: skip
+        asked = (target, precision, alternative.arguments)
+        if before is None or before[0] != asked:
+            lowered = RECIPES[target].lower(
+                canonical, precision, calibration=calibration, open_model=open_model, exclude=options.exclude,
+                **alternative.arguments,
+            )  # fmt: skip
+            before = (asked, lowered)
+        lowered = replace(before[1], options={**before[1].options, **alternative.options})
         name = f"{target}-{precision}{alternative.suffix}"
         files = save_model(lowered.model, folder / "variants" / f"{name}.onnx")
         yield _built(name, target, precision, files, lowered, canonical, records)

@@ -36,6 +36,8 @@ def availability() -> str | None:
         import tensorrt
     except ImportError as error:
         return _not_importable(error)
+    if tensorrt.__file__ is None:  # a folder of that name on the path
+        return f"TensorRT is not installed: {INSTALL}"
     version = str(getattr(tensorrt, "__version__", "0"))
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if not hasattr(tensorrt, "Builder") or numbers < OLDEST:

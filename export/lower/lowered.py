@@ -19,10 +19,12 @@ Batches = Callable[[], Iterable[Mapping[str, Array]]]
 @dataclass(frozen=True)
 class Alternative:
     """One of the ways to lower for a target and precision, between which only a measurement can decide. `suffix` ends
-    the candidate's id; `arguments` are keywords of the recipe's `lower`."""
+    the candidate's id; `arguments` are keywords of the recipe's `lower`, `options` those of the session alone: what
+    differs in them has the same graph."""
 
     suffix: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ onnxruntime-gpu 1.31.1: MatMulInteger alone, whose INT32 results need three more
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -41,8 +40,8 @@ PRECISIONS = (Precision.FP32, Precision.FP16, Precision.BF16)
 
 DEFAULTS = (Precision.FP32, Precision.FP16)
 
-Layout = Literal["nchw", "nhwc"]
-"""How convolutions read their tensors: the tensor cores read channels last; what stands between may have to turn."""
+NHWC = {"prefer_nhwc": "1"}
+"""Convolutions read their tensors channels last, as the tensor cores' kernels do, and the rest pays for the order."""
 
 
 def alternatives(canonical: CanonicalModel, precision: Precision, conditions: Conditions) -> tuple[Alternative, ...]:
@@ -50,17 +49,16 @@ def alternatives(canonical: CanonicalModel, precision: Precision, conditions: Co
     kernels for FP32 and FP16), and for attention the other operator, whose half kernels are others."""
     used = native_forms(canonical, conditions.kernels)
     has_conv = any(node.op_type == "Conv" for node in canonical.model.graph)
-    layouts: tuple[Layout, ...] = ("nchw", "nhwc") if has_conv and precision is not Precision.BF16 else ("nchw",)
+    both_layouts = has_conv and precision is not Precision.BF16
     found = []
-    for layout in layouts:
-        suffix = "" if layout == "nchw" else f"-{layout}"
-        found.append(Alternative(suffix, {"layout": layout}))
-        if used:
-            found.append(Alternative(f"{suffix}-native", {"layout": layout, "native": used}))
+    for suffix, arguments in (("", {}), *((("-native", {"native": used}),) if used else ())):
+        found.append(Alternative(suffix, arguments))
+        if both_layouts:
+            found.append(Alternative(f"-nhwc{suffix}", arguments, NHWC))
     forms = (FORMS.get(node.op_type) for node in canonical.model.graph if node.domain == DOMAIN)
     has_attention = any(form is not None and form.operator in ATTENTION for form in forms)
     if has_attention and precision is not Precision.FP32:
-        found.append(Alternative("-multihead", {"layout": "nchw", "attention": "MultiHeadAttention"}))
+        found.append(Alternative("-multihead", {"attention": "MultiHeadAttention"}))
     return tuple(found)
 
 
@@ -84,7 +82,6 @@ def lower(
     calibration: Batches | None = None,
     open_model: OpenModel | None = None,
     exclude: Sequence[str] = (),
-    layout: Layout = "nchw",
     attention: Operator = "Attention",
 ) -> Lowered:
     """`native`: forms that stay operators, to be run by the CUDA library. `exclude`: module paths that stay FP32.
@@ -114,7 +111,7 @@ def lower(
             kernels=half_kernels(precision, native),
         )  # fmt: skip
         model, notes, blocks = half.model, notes + half.notes, half.blocks
-    options = _options(model, precision, layout)
+    options = _options(model, precision)
     return Lowered(model, PrecisionPlan(()), bool(model.functions), notes, options, blocks)
 
 
@@ -137,13 +134,11 @@ def _require(canonical: CanonicalModel, precision: Precision) -> None:
         )
 
 
-def _options(model: ir.Model, precision: Precision, layout: Layout) -> dict[str, str]:
+def _options(model: ir.Model, precision: Precision) -> dict[str, str]:
     """Options of the provider that the session must be opened with."""
     options = {"cuda_graph": "1"}
     if precision is Precision.FP32:
         options["use_tf32"] = "0"  # TF32 keeps 11 bits of an operand: it would not be FP32
     elif any(node.op_type in FUSED.values() for node in model.graph):
         options["enable_skip_layer_norm_strict_mode"] = "1"  # sums in FP32, by name
-    if layout == "nhwc":
-        options["prefer_nhwc"] = "1"
     return options

@@ -36,7 +36,22 @@ def test_the_model_is_found_whole_and_exported_with_parity(name: str, tmp_path: 
     require(measure_apart(BY_NAME[name], tmp_path / "record.json", threads=1))
 
 
-@pytest.mark.parametrize("name", [model.name for model in MODELS if model.tiny is not None])
+OF_EACH_KIND = (
+    "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mobilevitv2_100", "xcit_nano_12_p16_224",
+    "cait_xxs24_224", "skresnet34", "convnextv2_atto", "efficientnet_b0", "hf_bert", "hf_llama", "hf_t5_encoder",
+    "hf_clip_text", "nn_image_network", "nn_token_network",
+)  # fmt: skip
+"""In `make test`; the other tiny variants are under `make test-all`."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(model.name, marks=() if model.name in OF_EACH_KIND else pytest.mark.slow)
+        for model in MODELS
+        if model.tiny is not None
+    ],
+)
 def test_its_tiny_variant_is_found_whole_and_exported_with_parity(name: str) -> None:
     require(measure(BY_NAME[name], tiny=True, threads=1))
 

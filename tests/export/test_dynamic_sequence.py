@@ -112,7 +112,9 @@ TRANSFORMERS: dict[str, tuple[dict[str, int], str, int | None, int]] = {
 """Sizes in miniature, the operator of both sites, the longest sequence, and how many rotary embeddings there are."""
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("bert", "llama") else pytest.mark.slow) for name in TRANSFORMERS]
+)
 def test_text_models_of_transformers_hold_for_every_length(name: str) -> None:
     pytest.importorskip("transformers")
     sizes, operator, longest, turns = TRANSFORMERS[name]

@@ -222,8 +222,8 @@ def test_names_begin_with_the_site() -> None:
 def test_options_say_what_the_provider_must_be_asked_for() -> None:
     _, canonical = exported("windows")
     assert onnxruntime_cuda.lower(canonical, Precision.FP32).options == {"cuda_graph": "1", "use_tf32": "0"}
-    half = onnxruntime_cuda.lower(canonical, Precision.FP16, layout="nhwc").options
-    assert half == {"cuda_graph": "1", "enable_skip_layer_norm_strict_mode": "1", "prefer_nhwc": "1"}
+    half = onnxruntime_cuda.lower(canonical, Precision.FP16).options
+    assert half == {"cuda_graph": "1", "enable_skip_layer_norm_strict_mode": "1"}
 
 
 def suffixes(canonical: CanonicalModel, precision: Precision, *kernels: str) -> list[str]:
