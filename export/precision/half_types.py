@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx import defs
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
+from attn_deploy.export.opset import raise_opset
 from attn_deploy.export.precision.insert import drop_unused_initializers
 from attn_deploy.session import Array
 from attn_deploy.target import Precision
@@ -93,8 +94,8 @@ def prepare(model: ir.Model, half: ir.DataType) -> int:
     for BF16 where that changes nothing but types."""
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     drop_unused_initializers(model)
-    if half == ir.DataType.BFLOAT16:
-        _raise_opset(model, MIN_BF16_OPSET)
+    if half == ir.DataType.BFLOAT16 and not model.functions:
+        raise_opset(model, MIN_BF16_OPSET)
     ShapeInferencePass(strict_mode=False)(model)
     opset = model.opset_imports[""]
     for value in model.graph.initializers.values():
@@ -134,31 +135,6 @@ def _output_type(node: ir.Node, index: int, opset: int) -> ir.DataType | None:
 def _elem_type(kind: str) -> int:
     name = kind.removeprefix("tensor(").removesuffix(")")
     return int(onnx.TensorProto.DataType.Value(name.upper()))
-
-
-def _raise_opset(model: ir.Model, opset: int) -> None:
-    """Only where each operator's schema at the new opset differs from the old one in its types alone."""
-    old = model.opset_imports[""]
-    if old >= opset or model.functions:
-        return
-    if all(_only_types_differ(n, old, opset) for n in model.graph.all_nodes()):
-        model.graph.opset_imports[""] = opset
-
-
-def _only_types_differ(node: ir.Node, old: int, new: int) -> bool:
-    """An attribute that is new and may be left out changes nothing either (block_size of QuantizeLinear)."""
-    before, after = _schema(node, old), _schema(node, new)
-    if before is None or after is None:
-        return before is after
-    if node.op_type == "GroupNormalization":  # from 21 on, one scale per channel instead of one per group
-        return False
-    parameters = [[(p.name, p.option) for p in ps] for s in (before, after) for ps in (s.inputs, s.outputs)]
-    kept = all(
-        name in after.attributes and after.attributes[name].default_value == attribute.default_value
-        for name, attribute in before.attributes.items()
-    )
-    required = {name for name, attribute in after.attributes.items() if attribute.required}
-    return kept and parameters[:2] == parameters[2:] and required <= set(before.attributes)
 
 
 def rounded(array: Array, half: ir.DataType) -> Array:
