@@ -119,8 +119,7 @@ class GraphExport:
                 not_run.append(_not_run(candidate, unavailable[candidate.target]))
                 continue
             with runtimes.progress_of(candidate.target, self.progress):
-                session = proving.open_candidate(candidate, self.threads, canonical.inputs, canonical.outputs)
-            proofs.append(Proof(candidate, session))
+                proofs.append(proving.opened(candidate, self.threads, canonical.inputs, canonical.outputs))
         return proofs, not_run
 
     def _folder(self, root: Path) -> Path:

@@ -10,7 +10,7 @@ from attn_deploy.accuracy import Judgement, Run, judge
 from attn_deploy.built import Built
 from attn_deploy.choice import Budget, share_fault
 from attn_deploy.data import Part
-from attn_deploy.errors import AttnDeployError
+from attn_deploy.errors import AttnDeployError, UnavailableError
 from attn_deploy.latency import Measurement, System, measure
 from attn_deploy.memory import measure_peak
 from attn_deploy.parity import (
@@ -36,7 +36,8 @@ class Proof:
     """What is known of a candidate so far. `fault` ends its way: what comes after it is not measured."""
 
     built: Built
-    session: Session
+    session: Session | None
+    """None for a candidate that its runtime did not open; that is its fault then."""
     fault: str | None = None
     asked_fault: str | None = None
     """Set when the fault is that the result is not what was asked (exit code 4)."""
@@ -47,6 +48,22 @@ class Proof:
     site_parity: list[SiteParity] = field(default_factory=list)
     judgement: Judgement | None = None
     memory: Memory | None = None
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        assert self.session is not None, self.fault
+        return self.session.run(feeds)
+
+
+def opened(built: Built, threads: int, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Proof:
+    """A candidate with its session. One that its runtime refuses is no error yet: another lowering may do. Raises
+    UnavailableError where the runtime itself is missing."""
+    try:
+        return Proof(built, open_candidate(built, threads, inputs, outputs))
+    except UnavailableError:
+        raise
+    except AttnDeployError as error:
+        fault = "; ".join([f"it does not open: {error.what}", *(f"{name} {text}" for name, text in error.details())])
+        return Proof(built, None, fault=fault, asked_fault=fault)
 
 
 def open_candidate(built: Built, threads: int, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Session:
@@ -65,6 +82,8 @@ def open_candidate(built: Built, threads: int, inputs: Sequence[TensorSpec], out
 def read_back(proof: Proof, feeds: Mapping[str, Array]) -> None:
     """Sites and dtype shares from one profiled call; a precision or provider that is not what was asked is a fault."""
     built = proof.built
+    if proof.session is None:
+        return
     nodes = runtimes.read_back(built.target, built.files[0], feeds, library=built.library, options=built.options)
     proof.sites = site_runs(built.sites, nodes)
     proof.dtype_share, proof.weighted_dtype_share = dtype_shares(nodes, [root for _, root in built.sites])
@@ -80,10 +99,12 @@ def check_parity(
 ) -> None:  # fmt: skip
     """Made inputs, and each site alone. INT8 ranges fit the data they were calibrated for: stress cases are reported
     and do not judge it, nor do made inputs when there is data to judge by."""
+    if proof.session is None:
+        return
     exact = proof.built.precision is not Precision.INT8
     for case, reference in zip(cases, references, strict=True):
         judged = exact or (case.typical and not has_data)
-        proof.cases += compare(case, reference, proof.session.run(case.feeds), tolerance, judged=judged)
+        proof.cases += compare(case, reference, proof.run(case.feeds), tolerance, judged=judged)
     if proof.built.site_cases is not None:
         for site in proof.built.site_cases():
             proof.site_parity.append(_site_parity(site, proof.built, tolerance))
@@ -119,7 +140,7 @@ def check_accuracy(
     alive = [p for p in proofs if p.fault is None]
     if not alive:
         return
-    runs: dict[str, Run] = {p.built.id: p.session.run for p in alive}
+    runs: dict[str, Run] = {p.built.id: p.run for p in alive}
     judgements = judge(_stream(part, batch_size), reference, runs, scores, progress)
     for proof in alive:
         judgement = proof.judgement = judgements[proof.built.id]
@@ -154,12 +175,12 @@ def measure_latency(
     alive = [p for p in proofs if p.fault is None]
     if not alive:
         return None
-    systems = [System(p.built.id, _call(p.session, feeds)) for p in alive]
+    systems = [System(p.built.id, _call(p, feeds)) for p in alive]
     return measure([*systems, *peers], max_total_s=max_total_s, progress=progress)
 
 
-def _call(session: Session, feeds: Mapping[str, Array]) -> Callable[[], object]:
-    return lambda: session.run(feeds)
+def _call(proof: Proof, feeds: Mapping[str, Array]) -> Callable[[], object]:
+    return lambda: proof.run(feeds)
 
 
 def measure_memory(proof: Proof, feeds: Mapping[str, Array], threads: int) -> None:

@@ -181,8 +181,9 @@ class _GraphValidation:
         against, asked = self.against, self.asked
         graphs = against.graphs()
         found = []
-        for done, proof in enumerate(proofs):
-            progress.step(done, len(proofs))
+        alive = [proof for proof in proofs if proof.session is not None]
+        for done, proof in enumerate(alive):
+            progress.step(done, len(alive))
             case = localizing.telling_case(proof.cases, cases, real)
             probe = localizing.Probe(case.name, case.feeds, against.run(case.feeds) if against.eager else {})
             floor = asked.budget.tolerance(Precision.INT8).min_sqnr_db
@@ -198,7 +199,13 @@ def _judge_by_receipt(proof: Proof, receipt: Receipt) -> None:
     """INT8 that was judged on data is held to what it gave on made inputs when it was proven: its ranges fit the data,
     not noise, so that a fixed floor would say nothing here."""
     row = next((c for c in receipt.candidates if c.id == proof.built.id), None)
-    if proof.built.precision is not Precision.INT8 or row is None or row.parity is None or row.status != "passed":
+    if (
+        proof.session is None
+        or proof.built.precision is not Precision.INT8
+        or row is None
+        or row.parity is None
+        or row.status != "passed"
+    ):
         return
     recorded = {(c.name, c.output): c.sqnr_db for c in row.parity.cases}
     proof.fault = None
@@ -259,8 +266,9 @@ def _open(bundle: Bundle, graph: Graph, receipt: Receipt, threads: int) -> tuple
             sites=tuple(receipt_sites(receipt)),
             exempt=row.exempt if row is not None else (),
             storage=row.storage if row is not None else {},
+            blocks=row.blocks if row is not None else (),
         )
-        proofs.append(Proof(built, proving.open_candidate(built, threads, graph.inputs, graph.outputs)))
+        proofs.append(proving.opened(built, threads, graph.inputs, graph.outputs))
     return proofs, skipped
 
 

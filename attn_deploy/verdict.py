@@ -88,7 +88,7 @@ def _verdict(
                 f"{precision} on {target} was asked and is not what was built", where=proof.built.id,
                 got=proof.asked_fault,
                 expected=f"90 % or more in {str(precision).upper()}, and every node on {PROVIDERS[target]}",
-                next_step="see the exempt layers in the receipt, or leave out this --precision",
+                next_step="see the exempt layers in the receipt, or leave out this precision or target",
             )  # fmt: skip
         if promised:
             return ParityError(

@@ -30,7 +30,7 @@ MODELS = {
     "vit": "torchvision:vit_b_16",
     "swin": "torchvision:swin_t",
     "seresnet": "timm:seresnet50",
-    "bert": "hf:bench/configs/bert_base",
+    "bert": f"hf:{Path(__file__).parent / 'configs' / 'bert_base'}",
 }
 BATCHES = (1, 8, 32, 128)
 PROFILED_CALLS = 20
