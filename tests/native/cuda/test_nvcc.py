@@ -47,7 +47,7 @@ def test_onnxruntime_takes_the_library(
     compiled: Path, make_model: Callable[..., bytes], open_model: Callable[..., Any]
 ) -> None:
     """The schema is there; the CPU has no kernel, which only the CUDA provider's would be."""
-    with pytest.raises(Exception, match="Could not find an implementation for GateRelu"):
+    with pytest.raises(Exception, match=r"(implementation|kernel) for .*GateRelu"):
         open_model(make_model("GateRelu", "float16"), compiled)
 
 
