@@ -94,11 +94,11 @@ def _finalize(value: Any) -> Any:
 
 
 def _tiles(receipt: Receipt, candidate: CandidateEntry, compared: bool) -> list[Tile]:
-    """The figures that matter first, of those that were taken. The peers are compared with the first chosen only."""
+    """The figures that matter first, of those that were taken. A peer is compared with the one that shared its run."""
     tiles = []
     if candidate.latency is not None:
         tiles.append(Tile(f"{words.milliseconds(candidate.latency.p50_ms)} ms", "median time per call"))
-    for peer in receipt.peers if compared else ():
+    for peer in (p for p in receipt.peers if (compared if p.against is None else p.against == candidate.id)):
         tiles.append(Tile(words.tempo(peer), f"than {peer.name}" if words.differs(peer) else f"against {peer.name}"))
     if candidate.parity is not None:
         value = words.decibel(candidate.parity.sqnr_db)

@@ -258,14 +258,25 @@ def _accuracy_heading(candidates: Sequence[CandidateEntry]) -> str:
 
 
 def _reasons(candidates: Sequence[CandidateEntry]) -> list[RenderableType]:
-    """Why a candidate failed or was not run, each on a line under the table."""
-    return [
+    """Why candidates failed or were not run, a line for each reason; then what half precision costs, where measured."""
+    alike: dict[tuple[str, str], list[CandidateEntry]] = {}
+    for candidate in candidates:
+        if candidate.status != "passed":
+            reason = candidate.reason or "no reason given"
+            alike.setdefault((candidate.status, reason), []).append(candidate)
+    lines: list[RenderableType] = [
         Text.assemble(
-            _text(f"{c.id} {words.status(c)}: ", style=STYLES.get(c.status, "")), _text(c.reason or "no reason given")
+            _text(f"{', '.join(c.id for c in same)} {words.status(same[0])}: ", style=STYLES.get(status, "")),
+            _text(reason),
         )
-        for c in candidates
-        if c.status != "passed"
+        for (status, reason), same in alike.items()
     ]
+    found: dict[str, list[str]] = {}
+    for candidate in candidates:
+        said = words.half_blocks(candidate)
+        if said is not None:
+            found.setdefault(said, []).append(candidate.id)
+    return lines + [_note(f"{', '.join(ids)}: {said}") for said, ids in found.items()]
 
 
 def _section(title: str, parts: Sequence[RenderableType]) -> list[RenderableType]:

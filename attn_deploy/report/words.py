@@ -137,7 +137,20 @@ def speed(peer: Peer) -> str:
 
 
 def verdict(peer: Peer) -> str:
-    return f"the chosen candidate is {speed(peer)}"
+    """Of the chosen candidate, by its name where the receipt says which one shared the peer's run."""
+    return f"{peer.against or 'the chosen candidate'} is {speed(peer)}"
+
+
+def half_blocks(candidate: CandidateEntry) -> str | None:
+    """What half precision costs the blocks alone, by emulation at export; None where nothing was measured."""
+    if not candidate.blocks:
+        return None
+    worst = min((b for b in candidate.blocks if not b.kept), key=lambda b: b.sqnr_db, default=None)
+    back = sum(b.kept for b in candidate.blocks)
+    stays = "all of them back in FP32" if worst is None else (
+        f"the worst alone {decibel(worst.sqnr_db)} dB ({worst.module or worst.value}), {back or 'none'} back in FP32"
+    )  # fmt: skip
+    return f"{len(candidate.blocks)} blocks by emulated rounding, {stays}"
 
 
 RATIO_NOTE = (

@@ -15,6 +15,7 @@ from rich.console import Console, RenderableType
 
 from attn_deploy.receipt import (
     Accuracy,
+    BlockLoss,
     CandidateEntry,
     CaseParity,
     DataEntry,
@@ -27,7 +28,7 @@ from attn_deploy.receipt import (
     SiteParity,
     SiteRun,
 )
-from attn_deploy.report import words, write_html
+from attn_deploy.report import html, words, write_html
 from attn_deploy.report.chart import latency_chart, nice_ticks
 from attn_deploy.report.html import render_html
 from attn_deploy.report.sites import MANY_SITES, name_ranges, paired, site_rows
@@ -220,6 +221,47 @@ def test_a_verdict_is_told_in_words_with_its_interval() -> None:
     assert words.verdict(faster) == "the chosen candidate is 1.51x faster [1.24, 1.61]"
     assert words.verdict(slower) == "the chosen candidate is 1.25x slower [1.11, 2.00]"
     assert words.verdict(same) == "the chosen candidate is neither faster nor slower: 1.01x [0.97, 1.05]"
+
+
+def test_a_verdict_names_the_candidate_that_shared_the_peers_run() -> None:
+    peer = replace(FULL.peers[0], against="tensorrt-fp16")
+    assert words.verdict(peer) == "tensorrt-fp16 is 1.51x faster [1.24, 1.61]"
+
+
+def test_a_peer_stands_beside_the_candidate_of_its_own_device_alone() -> None:
+    on_gpu = replace(FULL.candidates[0], id="on-gpu", target="onnxruntime-cuda")
+    receipt = replace(
+        FULL, candidates=(*FULL.candidates, on_gpu), chosen={**FULL.chosen, "onnxruntime-cuda": "on-gpu"},
+        peers=(replace(FULL.peers[0], name="plain CUDA", against="on-gpu"),),
+    )  # fmt: skip
+    pages = [html._tiles(receipt, c, index == 0) for index, (_, c) in enumerate(words.chosen_candidates(receipt))]
+    assert [["plain CUDA" in tile.label for tile in tiles].count(True) for tiles in pages] == [0, 1]
+
+
+def test_candidates_that_were_not_run_for_the_same_reason_share_a_line() -> None:
+    others = tuple(replace(NOT_RUN, id=f"tensorrt-{p}") for p in ("fp32", "bf16"))
+    text = flat(shown(receipt_tables(replace(FULL, candidates=(NOT_RUN, *others), chosen={}, peers=()))))
+    assert "tensorrt-fp16, tensorrt-fp32, tensorrt-bf16 not run: no NVIDIA device" in text
+    assert text.count("no NVIDIA device") == 1
+
+
+def test_what_half_precision_costs_is_told_for_the_worst_block_and_those_put_back() -> None:
+    blocks = (
+        BlockLoss("layers.0", "a", 71.3),
+        BlockLoss("layers.1", "b", 52.04),
+        BlockLoss("layers.2", "c", 31.0, True, "why"),
+    )
+    told = "3 blocks by emulated rounding, the worst alone 52.0 dB (layers.1), 1 back in FP32"
+    candidate = replace(NOT_RUN, blocks=blocks)
+    assert words.half_blocks(candidate) == told
+    assert (
+        words.half_blocks(replace(candidate, blocks=blocks[2:]))
+        == "1 blocks by emulated rounding, all of them back in FP32"
+    )
+    assert words.half_blocks(NOT_RUN) is None
+    receipt = replace(FULL, candidates=(candidate,), chosen={}, peers=())
+    for text in (shown(receipt_tables(receipt)), _Page(render_html(receipt)).text):
+        assert told in flat(text)
 
 
 def test_figures_keep_three_digits_and_never_round_up_to_all() -> None:
