@@ -45,6 +45,7 @@ def export_model(out: str | Path, options: ExportOptions, progress: Progress | N
     bundles.check_free(out, force=options.force)
     options = _with_targets(options)
     unavailable = _check_targets(options)
+    runtimes.check_runtime_options(options.targets, options.runtime_options)
     require_export()
     _check_precisions(options)
     progress.stage("source")

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 import msgspec
 
+from attn_deploy.errors import UsageError
 from attn_deploy.progress import Progress
 from attn_deploy.session import Array, DimBounds, Session, TensorSpec
-from attn_deploy.target import Target
+from attn_deploy.target import Target, nearest
 
 RUNTIMES: dict[Target, str] = {
     Target.ONNXRUNTIME_CPU: "attn_deploy.runtimes.onnxruntime",
@@ -141,11 +142,12 @@ def library_name(target: Target) -> str:
 
 
 def variant_options(target: Target, dims: Mapping[str, DimBounds], asked: Mapping[str, str]) -> dict[str, str]:
-    """The options of a variant that do not come from its lowering: what the user asked of a GPU's runtime, and the
-    engine's ranges of dynamic dimensions. Raises UsageError for an option that the runtime does not know."""
+    """The options of a variant that do not come from its lowering: what the user asked of a GPU's runtime, as far as it
+    is this target's, and the engine's ranges of dynamic dimensions. Raises UsageError for a wrong value."""
     if not target.on_gpu:
         return {}
-    found = dict(asked)
+    names = runtime(target).option_names()
+    found = {name: value for name, value in asked.items() if name in names}
     if target is Target.TENSORRT:
         from attn_deploy.runtimes.tensorrt_options import profile_options
 
@@ -183,3 +185,16 @@ def device_facts(targets: Iterable[Target]) -> dict[str, str | int | float | Non
 
     found = msgspec.to_builtins(facts_of())
     return {f"gpu_{name}": ", ".join(v) if isinstance(v, (list, tuple)) else v for name, v in found.items()}
+
+
+def check_runtime_options(targets: Iterable[Target], asked: Mapping[str, str]) -> None:
+    """Raises UsageError for an option that none of the targets knows, or a value that one of them does not take."""
+    on_gpu = [target for target in targets if target.on_gpu]
+    known = {name: target for target in on_gpu for name in runtime(target).option_names()}
+    for name in asked.keys() - known.keys():
+        raise UsageError(
+            "no runtime of these targets has such an option", got=name,
+            expected=nearest(name, known) if known else "a target on a GPU: options of the CPU's sessions are fixed",
+        )  # fmt: skip
+    for target in on_gpu:
+        variant_options(target, {}, asked)

@@ -191,13 +191,18 @@ def _assignment(session: Any) -> list[tuple[str, str, str]]:
     return [(node.name, node.op_type, part.ep_name) for part in parts for node in part.get_nodes()]
 
 
+def option_names() -> tuple[str, ...]:
+    """The options that a session understands."""
+    return (*_FLAGS, *_SETTINGS, *_OWN)
+
+
 def check_options(options: Mapping[str, str]) -> None:
     """Raises UsageError for an option that a session would not understand."""
     _chosen(options)
 
 
 def _chosen(options: Mapping[str, str]) -> dict[str, str]:
-    known = (*_FLAGS, *_SETTINGS, *_OWN)
+    known = option_names()
     for name, value in options.items():
         if name not in known:
             raise UsageError("onnxruntime-cuda has no such option", got=name, expected=nearest(name, known))

@@ -16,7 +16,7 @@ from attn_deploy.gpus import nvidia_gpus
 from attn_deploy.runtimes import RunNode, cuda_device, tensorrt_options
 from attn_deploy.runtimes.device_cache import DeviceCache
 from attn_deploy.runtimes.tensorrt_plan import is_plan
-from attn_deploy.session import Array, TensorSpec
+from attn_deploy.session import BATCH, SEQUENCE, Array, TensorSpec
 
 if TYPE_CHECKING:
     from attn_deploy.runtimes.tensorrt_build import Device
@@ -118,6 +118,11 @@ def read_back(
         return list(tensorrt_readback.read_back(session, model, feeds))
     finally:
         session.close()
+
+
+def option_names() -> tuple[str, ...]:
+    """The options that a session understands."""
+    return (*tensorrt_options.DEFAULTS, tensorrt_options.PROFILE + BATCH, tensorrt_options.PROFILE + SEQUENCE)
 
 
 def check_options(options: Mapping[str, str]) -> None:

@@ -69,3 +69,45 @@ def test_validate_reads_back_what_runs_and_promotes_nothing_that_is_wrong(bundle
     assert len(found["candidates"]) == len(open_bundle(bundle).receipt().candidates)
     assert found["promoted"] == []
     assert open_bundle(bundle).manifest.chosen == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--target", "tensorrt", "--runtime-option", "cuda_grap=1"), "did you mean cuda_graph?"),
+        (("--target", "tensorrt", "--runtime-option", "optimization_level=9"), "a whole number from 0 to 5"),
+        (("--target", "onnxruntime-cuda", "--runtime-option", "version_compatible=1"), "version_compatible"),
+        (
+            ("--target", "onnxruntime-cpu", "--runtime-option", "cuda_graph=1"),
+            "options of the CPU's sessions are fixed",
+        ),
+        (("--target", "tensorrt", "--runtime-option", "cuda_graph"), "NAME=VALUE"),
+        (("--target", "tensorrt", "--tensorrt-version", "eleven"), "MAJOR.MINOR"),
+        (("--target", "onnxruntime-cuda", "--precision", "int8"), "onnxruntime-cuda has no int8"),
+        (("--target", "onnxruntime-cpu", "--precision", "bf16"), "onnxruntime-cpu has no bf16"),
+    ],
+)
+def test_what_a_target_does_not_have_is_said_before_any_work(
+    arguments: tuple[str, ...], message: str, attn_deploy_cli: Cli, tmp_path: Path
+) -> None:
+    ran = attn_deploy_cli("export", "demo", *arguments, "--allow-unproven", "--out", tmp_path / "x.attn")
+    assert ran.code == 2
+    assert message in ran.err
+    assert "capture" not in ran.err
+    assert not (tmp_path / "x.attn").exists()
+
+
+def test_an_option_goes_to_the_targets_that_know_it(attn_deploy_cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "both.attn"
+    ran = attn_deploy_cli(
+        "export", "demo", "--target", "onnxruntime-cuda,tensorrt", "--precision", "fp32", "--allow-unproven",
+        "--tensorrt-version", "10.3", "--runtime-option", "version_compatible=1", "--runtime-option", "device_id=1",
+        "--dynamic", "batch=1:16", "--out", out,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    variants = open_bundle(out).manifest.graphs["main"].variants.values()
+    options = {v.target: v.options for v in variants}
+    assert options["tensorrt"]["version_compatible"] == "1"
+    assert "version_compatible" not in options["onnxruntime-cuda"]
+    assert {o["device_id"] for o in options.values()} == {"1"}
+    assert options["tensorrt"]["profile:batch"] == "1,1,1;2,16,16"
