@@ -26,12 +26,11 @@ demo: setup
 	$(BIN)/attn-deploy export --out $(DEMO) --data attn_deploy/demo/held_out.npz --force
 	$(BIN)/attn-deploy run $(DEMO) attn_deploy/demo/samples/7_0.png --top 3
 
-# worksteal: the slow files come first, and one worker must not be left alone with the last of them.
 test: setup
-	$(PYTEST) -n 2 --dist worksteal -m "not slow"
+	$(PYTEST) -n 2 -m "not slow"
 
 test-all: setup
-	$(PYTEST) -n 2 --dist worksteal
+	$(PYTEST) -n 2
 
 # On a GPU the GPU build of ONNX Runtime takes the CPU build's place, which it contains.
 ON_GPU := PYTHONPATH=$(ORT_GPU) ATTN_DEPLOY_ORT_GPU=$(ORT_GPU) $(BIN)/python

@@ -329,9 +329,12 @@ def test_it_becomes_its_operator_and_computes_the_same(mix: Mix, captured: Captu
 
 @pytest.mark.parametrize(
     "mix",
-    [xcit, davit, restormer, convolved_unscaled, separable, of_heads, split_attention, best_pixels],
+    [
+        xcit, pytest.param(davit, marks=pytest.mark.slow), pytest.param(restormer, marks=pytest.mark.slow),
+        convolved_unscaled, separable, of_heads, split_attention, best_pixels,
+    ],
     ids=lambda mix: mix.__name__,
-)
+)  # fmt: skip
 def test_onnx_computes_the_same_at_every_batch_size_with_and_without_the_operator(mix: Mix, captured: Capture) -> None:
     model = captured(Model(mix), CASES[mix][0])
     canonical = to_onnx(rewrite(model, recognize(model)))

@@ -58,7 +58,13 @@ PACKAGES: dict[Callable[[], nn.Module], tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("make", PACKAGES, ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, id=make.__name__, marks=pytest.mark.slow if make is torchvision_swin_v2 else ())
+        for make in PACKAGES
+    ],
+)
 def test_models_of_the_packages_keep_the_natural_order(make: Callable[[], nn.Module], rewritten: Rewritten) -> None:
     torch.manual_seed(0)
     name, operator = PACKAGES[make]
