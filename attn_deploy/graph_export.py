@@ -135,7 +135,7 @@ class GraphExport:
                     self.calibrated += len(batch.keys)
                     yield batch.feeds
                 return
-            warning = "INT8 was calibrated on random inputs: give --data for ranges of real activations"
+            warning = "ranges were calibrated on random inputs: give --data for those of real activations"
             if warning not in self.warnings:
                 self.warnings.append(warning)
             for seed in range(1000, 1000 + (self.options.calibration_samples // DATA_BATCH or 1)):

@@ -9,12 +9,12 @@ from attn_deploy.receipt import Latency, Receipt
 from attn_deploy.report import words
 
 WIDTH = 800
-LABEL_WIDTH, VALUE_WIDTH = 190, 195
+LABEL_WIDTH, VALUE_WIDTH = 240, 195
 """Left of the bars their names, right of them their figures."""
 
 TOP, ROW_HEIGHT, AXIS_HEIGHT = 8, 34, 28
 BAR_HEIGHT = 16
-LABEL_CHARACTERS = 26
+LABEL_CHARACTERS = 30
 """What fits into LABEL_WIDTH at the 13 px of the style sheet."""
 
 HEADROOM = 1.25
