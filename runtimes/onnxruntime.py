@@ -126,6 +126,11 @@ def _options(threads: int | None, library: bool) -> Any:
     reason = availability()
     if reason is not None:
         raise UnavailableError("onnxruntime-cpu cannot run here", got=reason, next_step=INSTALL)
+    return session_settings(threads, native.library_path() if library else None)
+
+
+def session_settings(threads: int | None, library: Path | None) -> Any:
+    """What sessions of every provider are opened with. Without the library's file the function bodies run."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -135,10 +140,8 @@ def _options(threads: int | None, library: bool) -> Any:
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-    if library:
-        path = native.library_path()
-        if path is not None:  # without it the function bodies run
-            options.register_custom_ops_library(str(path))
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     return options
 
 

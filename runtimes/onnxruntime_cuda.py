@@ -11,7 +11,7 @@ from typing import Any
 from attn_deploy.errors import AttnDeployError, NotAsAskedError, UnavailableError, UsageError
 from attn_deploy.runtimes import RunNode, cuda_device
 from attn_deploy.runtimes.cuda_libraries import missing_libraries, packages
-from attn_deploy.runtimes.onnxruntime import profiled_nodes, tensor_specs
+from attn_deploy.runtimes.onnxruntime import profiled_nodes, session_settings, tensor_specs
 from attn_deploy.runtimes.onnxruntime_cuda_session import OnnxRuntimeCudaSession
 from attn_deploy.session import Array, TensorSpec
 from attn_deploy.target import nearest
@@ -228,22 +228,10 @@ def _device(chosen: Mapping[str, str]) -> cuda_device.DeviceStream:
 
 
 def _settings(threads: int | None, library: bool) -> Any:
-    import onnxruntime
+    from attn_deploy.runtimes.native import cuda
 
-    settings = onnxruntime.SessionOptions()
-    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    settings.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    settings.log_severity_level = 3
+    settings = session_settings(threads, cuda.library_path() if library else None)
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if threads is not None:
-        settings.intra_op_num_threads = threads
-        settings.inter_op_num_threads = 1
-    if library:
-        from attn_deploy.runtimes.native import cuda
-
-        path = cuda.library_path()
-        if path is not None:  # without it the function bodies run
-            settings.register_custom_ops_library(str(path))
     return settings
 
 

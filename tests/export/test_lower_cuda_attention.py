@@ -201,5 +201,6 @@ def test_the_table_has_a_row_for_every_part_of_a_name() -> None:
     for name in ALL:
         rest = name.removeprefix("Packed").removeprefix("Attention").removeprefix("Indexed").removeprefix("Padded")
         while rest:
-            row = next(key for key in TABLE if key.startswith("...") and rest.startswith(key[3:]))
+            row = next((key for key in TABLE if key.startswith("...") and rest.startswith(key[3:])), None)
+            assert row is not None, (name, rest)
             rest = rest.removeprefix(row[3:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -9,15 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnx.numpy_helper
-import onnx.parser
 import onnx_ir as ir
-import onnxruntime
 import pytest
 
 from attn_deploy.errors import AttnDeployError, UsageError
-from attn_deploy.export.functions import attach_functions
 from attn_deploy.export.precision.calibration import Range, collect_ranges
 from attn_deploy.export.precision.fp16 import MIN_ELEMENTS, store_fp16
 from attn_deploy.export.precision.insert import drop_unused_initializers
@@ -28,6 +24,10 @@ from attn_deploy.parity import sqnr_db
 from attn_deploy.runtimes import read_back
 from attn_deploy.target import Target
 
+sys.path.insert(0, str(Path(__file__).parent))  # for half_models
+
+from half_models import network, normal, open_model, run
+
 Array = np.ndarray[Any, Any]
 
 LINEAR_DB = 38.0
@@ -35,35 +35,6 @@ LINEAR_DB = 38.0
 
 CONV_DB = 27.0
 """Convolutions one behind the other with calibrated ranges: 33.4 dB were measured, 28.4 with the worst of six seeds."""
-
-
-def normal(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def network(text: str, **weights: Array) -> ir.Model:
-    """A model from ONNX text. Its weights are named in the text only; `stage_0_fc__MatMul` is `stage.0.fc/MatMul`."""
-    proto = onnx.parser.parse_model('<ir_version: 10, opset_import: ["" : 20, "attn_deploy" : 1]>\n' + text)
-    proto.graph.initializer.extend(onnx.numpy_helper.from_array(w, name) for name, w in weights.items())
-    model = ir.from_proto(proto)
-    for node in model.graph:
-        node.name = str(node.name).replace("__", "/").replace("_", ".")
-    attach_functions(model)
-    return model
-
-
-def open_model(model: ir.Model) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    names = [o.name for o in session.get_outputs()]
-    return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
-
-
-def run(model: ir.Model, **feeds: Array) -> Array:
-    return next(iter(open_model(model)(feeds).values()))
 
 
 def operators(model: ir.Model) -> Counter[str]:

@@ -53,7 +53,11 @@ def test_it_is_an_error_where_it_was_all_there_was_of_what_was_promised(refused:
 
 def test_it_is_a_row_where_another_lowering_of_the_same_precision_passed(refused: proving.Proof) -> None:
     other = replace(refused, built=replace(refused.built, id="other"), fault=None, asked_fault=None)
-    require_as_asked(ExportOptions(), receipt_of(refused, other), [refused, other], locate)
+    with pytest.raises(NotAsAskedError):
+        require_as_asked(ExportOptions(), receipt_of(refused), [refused], locate)
+    receipt = receipt_of(refused, other)
+    require_as_asked(ExportOptions(), receipt, [refused, other], locate)
+    assert [c.status for c in receipt.candidates] == ["failed", "passed"]
 
 
 def test_it_is_a_row_where_its_precision_was_not_asked_for(refused: proving.Proof) -> None:
