@@ -17,7 +17,7 @@ from attn_deploy.built import Built
 from attn_deploy.bundle import Bundle, open_bundle
 from attn_deploy.choice import Budget, choose
 from attn_deploy.data import Part, open_data
-from attn_deploy.errors import BundleError, ParityError
+from attn_deploy.errors import AttnDeployError, BundleError, NotAsAskedError, ParityError
 from attn_deploy.inputs import make_feeds
 from attn_deploy.latency import Measurement
 from attn_deploy.localizing import Localization
@@ -25,6 +25,7 @@ from attn_deploy.manifest import Graph, graph_file
 from attn_deploy.parity import Case, parity_cases
 from attn_deploy.progress import Progress, Silent, of_graph
 from attn_deploy.proving import Proof
+from attn_deploy.readback import PROVIDERS
 from attn_deploy.receipt import CandidateEntry, Receipt, merged
 from attn_deploy.reference import Reference, SourceOfReference, references
 from attn_deploy.resolutions import about
@@ -49,6 +50,8 @@ class Validation(msgspec.Struct, frozen=True):
     """Variants that were `not_run` and have now passed on this host: the bundle says so from here on."""
     localized: tuple[Localization, ...] = ()
     """With `localize`: for each variant the first block that is out of its tolerance, or none."""
+    not_as_asked: tuple[str, ...] = ()
+    """Variants that failed for what runs them here, not for their numbers: another precision or device, or nothing."""
 
     @property
     def passed(self) -> bool:
@@ -97,6 +100,7 @@ def validate(
         skipped={graph_file(name, v): reason for name, of in found.items() for v, reason in of.skipped.items()},
         promoted=_promote(bundle, receipts, found),
         localized=tuple(replace(place, graph=name) for name, of in found.items() for place in of.localized),
+        not_as_asked=tuple(graph_file(name, v) for name, of in found.items() for v in of.not_as_asked),
     )
 
 
@@ -121,6 +125,7 @@ class _Validated:
     skipped: dict[str, str]
     measurement: Measurement | None
     localized: tuple[Localization, ...]
+    not_as_asked: tuple[str, ...]
 
 
 class _GraphValidation:
@@ -137,7 +142,7 @@ class _GraphValidation:
     def run(self, progress: Progress) -> _Validated:
         """Parity, accuracy where there is data, blocks where asked, and latency of every variant that runs here."""
         graph, asked, against = self.graph, self.asked, self.against
-        proofs, skipped = _open(self.bundle, graph, self.receipt, asked.threads)
+        proofs, skipped = _open(self.bundle, graph, self.receipt, asked.threads, progress)
         progress.stage("parity")
         cases = parity_cases(graph.examples, graph.dims)
         expected = [against.outputs(case.feeds, graph) for case in cases]
@@ -155,7 +160,8 @@ class _GraphValidation:
         measurement = proving.measure_latency(proofs, (), feeds, max_total_s=LATENCY_BUDGET_S, progress=progress.step)
         size = next(iter(feeds.values())).shape[0]
         entries = tuple(proving.entry(p, measurement, size, asked.threads) for p in proofs)
-        return _Validated(against.name, entries, skipped, measurement, localized)
+        not_as_asked = tuple(p.built.id for p in proofs if p.fault is not None and p.fault == p.asked_fault)
+        return _Validated(against.name, entries, skipped, measurement, localized, not_as_asked)
 
     def _judge(self, data: str, proofs: Sequence[Proof], progress: Progress) -> Callable[[], Mapping[str, Array]]:
         """Accuracy on the judged part of the data; gives a function that reads its first batch."""
@@ -220,33 +226,55 @@ def _judge_by_receipt(proof: Proof, receipt: Receipt) -> None:
 
 
 def require_passed(validation: Validation) -> None:
-    """Raises ParityError naming the first variant that failed, and where it went wrong if that was looked for;
-    BundleError when there was none to try. The error carries the validation as its attribute `validation`."""
+    """Raises for the first variant that failed: ParityError, with where it went wrong if that was looked for, or
+    NotAsAskedError where its numbers are right and what runs it here is not what the bundle says; BundleError when
+    there was none to try. The error carries the validation as its attribute `validation`."""
     places = {(p.graph, p.variant): p for p in validation.localized}
     for candidate in validation.candidates:
         place = places.get((candidate.graph, candidate.id))
         broken = place is not None and place.first is not None
         if candidate.status == "passed" and not broken:
             continue
-        what = "is not the same model as" if candidate.status != "passed" else "has a block that differs from"
-        again = "export it again from its source"
-        error = ParityError(
-            f"the variant {graph_file(candidate.graph, candidate.id)} {what} {validation.reference}",
-            where=validation.bundle if place is None else f"{validation.bundle}, {place.verdict()}",
-            got=candidate.reason or f"{place.out_of_tolerance if place else 0} blocks out of tolerance",
-            next_step=again if place is not None else f"name the module with --localize, or {again}",
-        )
+        if graph_file(candidate.graph, candidate.id) in validation.not_as_asked:
+            error = _not_as_asked(validation, candidate)
+        else:
+            error = _not_the_same(validation, candidate, place)
         error.validation = validation  # type: ignore[attr-defined]
         raise error
     if not validation.candidates:
         raise BundleError("no variant of the bundle can run here", where=validation.bundle, got=validation.skipped)
 
 
+def _not_as_asked(validation: Validation, candidate: CandidateEntry) -> AttnDeployError:
+    precision, target = candidate.precision.upper(), candidate.target
+    return NotAsAskedError(
+        f"the variant {graph_file(candidate.graph, candidate.id)} does not run here as it should",
+        where=validation.bundle,
+        got=candidate.reason,
+        expected=f"{precision} on {PROVIDERS[Target(target)]}",
+        next_step=f"export it again for this host, with another --precision than {candidate.precision} or without "
+        f"--target {target}",
+    )
+
+
+def _not_the_same(validation: Validation, candidate: CandidateEntry, place: Localization | None) -> AttnDeployError:
+    what = "is not the same model as" if candidate.status != "passed" else "has a block that differs from"
+    again = "export it again from its source"
+    return ParityError(
+        f"the variant {graph_file(candidate.graph, candidate.id)} {what} {validation.reference}",
+        where=validation.bundle if place is None else f"{validation.bundle}, {place.verdict()}",
+        got=candidate.reason or f"{place.out_of_tolerance if place else 0} blocks out of tolerance",
+        next_step=again if place is not None else f"name the module with --localize, or {again}",
+    )
+
+
 def _first_feeds(part: Part) -> Mapping[str, Array]:
     return next(iter(part.batches(DATA_BATCH))).feeds
 
 
-def _open(bundle: Bundle, graph: Graph, receipt: Receipt, threads: int) -> tuple[list[Proof], dict[str, str]]:
+def _open(
+    bundle: Bundle, graph: Graph, receipt: Receipt, threads: int, progress: Progress
+) -> tuple[list[Proof], dict[str, str]]:
     rows = {c.id: c for c in receipt.candidates}
     proofs, skipped = [], {}
     for name, variant in graph.variants.items():
@@ -268,7 +296,8 @@ def _open(bundle: Bundle, graph: Graph, receipt: Receipt, threads: int) -> tuple
             storage=row.storage if row is not None else {},
             blocks=row.blocks if row is not None else (),
         )
-        proofs.append(proving.opened(built, threads, graph.inputs, graph.outputs))
+        with runtimes.progress_of(target, progress):
+            proofs.append(proving.opened(built, threads, graph.inputs, graph.outputs))
     return proofs, skipped
 
 

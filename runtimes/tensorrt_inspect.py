@@ -133,8 +133,13 @@ def _of_profile(entries: Sequence[Mapping[str, Any]], profile: int) -> list[Mapp
     return own or [entry for entry, mark in marked if mark is None]
 
 
+def own_name(name: str) -> str:
+    """A layer's name without the profile that it is for."""
+    return _PROFILE.sub("", name)
+
+
 def _layer(entry: Mapping[str, Any]) -> EngineLayer:
-    name = _PROFILE.sub("", str(entry.get("Name", "")))
+    name = own_name(str(entry.get("Name", "")))
     return EngineLayer(
         name=name,
         kind=str(entry.get("LayerType", "unknown")),

@@ -9,7 +9,7 @@ import numpy as np
 import tensorrt as trt
 
 from attn_deploy.errors import AttnDeployError
-from attn_deploy.runtimes.tensorrt_inspect import EngineNode, parse_layers, run_nodes
+from attn_deploy.runtimes.tensorrt_inspect import EngineNode, own_name, parse_layers, run_nodes
 from attn_deploy.runtimes.tensorrt_log import Messages
 from attn_deploy.runtimes.tensorrt_network import parse, products
 from attn_deploy.runtimes.tensorrt_session import TensorRTSession
@@ -17,14 +17,15 @@ from attn_deploy.session import Array
 
 
 class LayerTimes(trt.IProfiler):
-    """Milliseconds by layer name, summed over the runs that it saw."""
+    """Milliseconds by layer name, summed over the runs that it saw. A context runs layers of one profile."""
 
     def __init__(self) -> None:
         trt.IProfiler.__init__(self)
         self.ms: dict[str, float] = {}
 
     def report_layer_time(self, layer_name: str, ms: float) -> None:
-        self.ms[layer_name] = self.ms.get(layer_name, 0.0) + ms
+        name = own_name(layer_name)
+        self.ms[name] = self.ms.get(name, 0.0) + ms
 
 
 def read_back(session: TensorRTSession, model: Path, feeds: Mapping[str, Array]) -> list[EngineNode]:

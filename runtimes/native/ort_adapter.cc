@@ -53,8 +53,10 @@ OrtStatus* GetInput(const OrtApi& api, const OrtKernelContext* context, size_t i
   if (index >= count) return nullptr;
   const OrtValue* value = nullptr;
   ATTN_DEPLOY_RETURN_IF_ERROR(api.KernelContext_GetInput(context, index, &value));
-  if (value == nullptr) return nullptr;
+  return value == nullptr ? nullptr : ReadTensor(api, value, input);
+}
 
+OrtStatus* ReadTensor(const OrtApi& api, const OrtValue* value, InputTensor* input) {
   OrtTensorTypeAndShapeInfo* info = nullptr;
   ATTN_DEPLOY_RETURN_IF_ERROR(api.GetTensorTypeAndShape(value, &info));
   OrtStatus* status = ReadTypeAndShape(api, info, input);

@@ -51,6 +51,9 @@ struct InputTensor {
 ort::OrtStatus* GetInput(const ort::OrtApi& api, const ort::OrtKernelContext* context, size_t index,
                          InputTensor* input);
 
+// A tensor as it lies in memory.
+ort::OrtStatus* ReadTensor(const ort::OrtApi& api, const ort::OrtValue* value, InputTensor* input);
+
 // Makes output `index` with this shape, whose rank is at most kMaxRank, and gives its memory.
 ort::OrtStatus* MakeOutput(const ort::OrtApi& api, ort::OrtKernelContext* context, size_t index, const Shape& shape,
                            void** data);

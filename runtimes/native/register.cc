@@ -1,11 +1,9 @@
-// What the library exports: its registration with ONNX Runtime, its version and its list of operators.
-#include <array>
-#include <iterator>
+// What the library exports: its registration with ONNX Runtime, its version, its instruction set and its operators.
 #include <memory>
-#include <string_view>
+#include <string>
 
-#include "gate_op.h"
-#include "ort_adapter.h"
+#include "isa.h"
+#include "operators.h"
 #include "ort_c_abi.h"
 #include "registration.h"
 
@@ -14,44 +12,30 @@ namespace {
 
 using namespace ort;
 
-// Every operator of the library: an ONNX operator name and the form it computes.
-constexpr GateForm kGateForms[] = {
-    {"Gate", Activation::kNone, false},
-    {"GateRelu", Activation::kRelu, false},
-    {"GateSilu", Activation::kSilu, false},
-    {"GateResidual", Activation::kNone, true},
-    {"GateResidualRelu", Activation::kRelu, true},
-    {"GateResidualSilu", Activation::kSilu, true},
-};
-
-constexpr size_t OperatorListSize() {
-  size_t size = 0;
-  for (const GateForm& form : kGateForms) size += std::string_view(form.name).size() + 1;
-  return size;
+// None where no instruction set of ours is: the function bodies run then.
+Operators MakeOperators(const OrtApi& api) {
+  Operators operators;
+  if (ActiveIsa() == Isa::kNone) return operators;
+  AppendGate(api, &operators);
+  return operators;
 }
 
-// The names with commas between them and a NUL at the end.
-constexpr std::array<char, OperatorListSize()> OperatorList() {
-  std::array<char, OperatorListSize()> list = {};
-  size_t at = 0;
-  for (const GateForm& form : kGateForms) {
-    for (char c : std::string_view(form.name)) list[at++] = c;
-    list[at++] = ',';
+OrtStatus* AddAll(const OrtApi& api, OrtCustomOpDomain* domain, std::shared_ptr<void>* owner) {
+  if (*IsaError() != '\0') {
+    return api.CreateStatus(ORT_FAIL, (std::string("attn_deploy native library: ") + IsaError()).c_str());
   }
-  list[at - 1] = '\0';
-  return list;
-}
-
-using GateOps = std::array<GateOp, std::size(kGateForms)>;
-
-OrtStatus* AddGates(const OrtApi& api, OrtCustomOpDomain* domain, std::shared_ptr<void>* operators) {
-  const auto gates = std::make_shared<GateOps>();
-  for (size_t i = 0; i < std::size(kGateForms); ++i) {
-    (*gates)[i] = MakeGateOp(api, kGateForms[i]);
-    ATTN_DEPLOY_RETURN_IF_ERROR(api.CustomOpDomain_Add(domain, &(*gates)[i].base));
-  }
-  *operators = gates;
+  const auto operators = std::make_shared<Operators>(MakeOperators(api));
+  for (const auto& op : *operators) ATTN_DEPLOY_RETURN_IF_ERROR(api.CustomOpDomain_Add(domain, op.get()));
+  *owner = operators;
   return nullptr;
+}
+
+// The names with commas between them. Making the operators only to be named calls nothing of ONNX Runtime.
+std::string* MakeOperatorList() {
+  static const OrtApi no_api = {};
+  auto* const list = new std::string();
+  for (const auto& op : MakeOperators(no_api)) *list += (list->empty() ? "" : ",") + op->name;
+  return list;
 }
 
 }  // namespace
@@ -61,16 +45,22 @@ extern "C" {
 // Called by ONNX Runtime when a session's options name this library. Safe from several threads.
 ATTN_DEPLOY_EXPORT OrtStatus* ATTN_DEPLOY_ORT_CALL RegisterCustomOps(OrtSessionOptions* options,
                                                                      const OrtApiBase* base) noexcept {
-  return RegisterOperators(options, *base, "attn_deploy native library", AddGates);
+  return RegisterOperators(options, *base, "attn_deploy native library", AddAll);
 }
 
 // The version of the package this library was built from, such as "0.1.0".
 ATTN_DEPLOY_EXPORT const char* attn_deploy_native_version() noexcept { return ATTN_DEPLOY_VERSION; }
 
+// The instruction set that kernels run with here: "avx512", "avx2", "neon" or "none".
+ATTN_DEPLOY_EXPORT const char* attn_deploy_native_instruction_set() noexcept { return IsaName(ActiveIsa()); }
+
+// Why there is no kernel though one was asked for by ATTN_DEPLOY_NATIVE_ISA; "" when all is well.
+ATTN_DEPLOY_EXPORT const char* attn_deploy_native_error() noexcept { return IsaError(); }
+
 // The ONNX operator names of domain `attn_deploy` that RegisterCustomOps registers, separated by commas.
 ATTN_DEPLOY_EXPORT const char* attn_deploy_native_operators() noexcept {
-  static constexpr auto kList = OperatorList();
-  return kList.data();
+  static const std::string* const list = MakeOperatorList();
+  return list->c_str();
 }
 
 }  // extern "C"

@@ -3,72 +3,66 @@ what is left after an error. The numbers are those of `y = 2 x + 1`, computed on
 
 from __future__ import annotations
 
-import importlib
+import json
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import onnx.parser
 import pytest
 
 from attn_deploy.errors import AttnDeployError, FeedError, UnavailableError, UsageError
 from attn_deploy.runtimes import tensorrt
 from attn_deploy.runtimes.cuda_device import DeviceArray, DeviceMemoryError, DeviceStream
-from attn_deploy.runtimes.cuda_graph import CudaGraph
 from attn_deploy.runtimes.device_cache import DeviceCache
 from attn_deploy.runtimes.tensorrt_progress import shown_by
 from attn_deploy.session import TensorSpec
 
-sys.path.insert(0, str(Path(__file__).parent))  # for tensorrt_stand_in
+sys.path.insert(0, str(Path(__file__).parents[1] / "tensorrt_stand_in"))
 
-import tensorrt_stand_in
-
-sys.modules["tensorrt"] = tensorrt_stand_in
-tensorrt_execution = importlib.import_module("attn_deploy.runtimes.tensorrt_execution")
+import tensorrt as tensorrt_stand_in
 
 Array = np.ndarray[Any, Any]
 X, Y = TensorSpec("x", "float32", ("batch", 4)), TensorSpec("y", "float32", ("batch", 4))
 PROFILES = {"profile:batch": "1,1,1;2,4,8"}
-MODEL = tensorrt_stand_in.model()
+
+
+def model(*, dtype: str = "float", **faults: Any) -> bytes:
+    """y = 2 x + 1 in FP32, or inside in another type; `faults` are those of tensorrt_stand_in/tensorrt/faults.py."""
+    onnx_type = {"float": 1, "float16": 10}[dtype]
+    diagonal = ", ".join("2" if row == column else "0" for row in range(4) for column in range(4))
+    parsed = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 20]>
+        made (float[batch, 4] x) => (float[batch, 4] y)
+        <float[4, 4] weight = {{{diagonal}}}, float[1] one = {{1}}> {{
+            narrow = Cast <to: int = {onnx_type}> (x)
+            factor = Cast <to: int = {onnx_type}> (weight)
+            product = MatMul (narrow, factor)
+            wide = Cast <to: int = 1> (product)
+            y = Add (wide, one)
+        }}""")
+    for node in parsed.graph.node:
+        node.name = f"layer/{node.op_type}" if node.op_type == "MatMul" else node.output[0]
+    onnx.helper.set_model_props(parsed, {"made_tensorrt": json.dumps(faults)})
+    content: bytes = parsed.SerializeToString()
+    return content
+
+
+MODEL = model()
+RANGES = [{"x": [[1, 4]] * 3}, {"x": [[2, 4], [4, 4], [8, 4]]}]
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tensorrt_stand_in.built.clear()
-    tensorrt_stand_in.captured.clear()
     return tmp_path
 
 
-class Replayed(CudaGraph):
-    """The made GPU launches graphs without doing anything: what was captured is computed here."""
-
-    def __init__(self, graph: CudaGraph, work: list[Callable[[], None]]) -> None:
-        super().__init__(graph._executable)
-        self._work = work
-
-    def launch(self, stream: DeviceStream) -> None:
-        super().launch(stream)
-        for part in self._work:
-            part()
-
-
-@pytest.fixture(autouse=True)
-def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = tensorrt_execution.capture
-
-    def capture(stream: DeviceStream, work: Callable[[], None]) -> CudaGraph:
-        tensorrt_stand_in.captured.clear()
-        graph = real(stream, work)
-        return Replayed(graph, list(tensorrt_stand_in.captured))
-
-    monkeypatch.setattr(tensorrt_execution, "capture", capture)
-
-
-def opened(model: bytes = MODEL, **options: str) -> Any:
-    return tensorrt.open_session(model, inputs=[X], outputs=[Y], options={**PROFILES, **options})
+def opened(content: bytes = MODEL, **options: str) -> Any:
+    return tensorrt.open_session(content, inputs=[X], outputs=[Y], options={**PROFILES, **options})
 
 
 @pytest.fixture(params=["0", "1"], ids=["launched", "graph"])
@@ -96,7 +90,7 @@ def test_the_runtime_is_available() -> None:
 def test_an_engine_is_built_as_the_options_say(gpu: Any) -> None:
     opened(workspace_mb="64", optimization_level="5").close()
     (config,) = tensorrt_stand_in.built
-    assert config.profiles == [[[1, 4]] * 3, [[2, 4], [4, 4], [8, 4]]]
+    assert config.profiles == RANGES
     assert tensorrt_stand_in.BuilderFlag.TF32 not in config.flags
     assert config.limits == {tensorrt_stand_in.MemoryPoolType.WORKSPACE: 64 << 20}
     assert config.builder_optimization_level == 5
@@ -132,7 +126,7 @@ def test_what_an_engine_depends_on_builds_another(change: dict[str, str], gpu: A
 
 def test_another_model_or_other_weights_build_another(folder: Path, gpu: Any) -> None:
     path, weights = folder / "model.onnx", folder / "model.onnx.data"
-    path.write_bytes(tensorrt_stand_in.model(weights="model.onnx.data"))
+    path.write_bytes(model(weights="model.onnx.data"))
     for content in (b"one", b"two", b"two"):
         weights.write_bytes(content)
         opened(path).close()  # type: ignore[arg-type]
@@ -149,7 +143,7 @@ def test_an_engine_in_the_cache_that_is_not_taken_is_built_again(gpu: Any) -> No
     opened().close()
     cache = DeviceCache()
     (entry,) = [e for e in cache.entries() if e.kind == "tensorrt-engine"]
-    cache.put(entry.kind, entry.key, tensorrt_stand_in.plan((10, 3, 0, 26), profiles=[]))
+    cache.put(entry.kind, entry.key, tensorrt_stand_in.plan(version=(10, 3, 0, 26)))
     session = opened()
     assert len(tensorrt_stand_in.built) == 2
     np.testing.assert_array_equal(session.run({"x": batch(2)})["y"], right(batch(2)))
@@ -159,19 +153,19 @@ def test_an_engine_in_the_cache_that_is_not_taken_is_built_again(gpu: Any) -> No
 def test_nodes_that_are_not_taken_are_named(gpu: Any) -> None:
     errors = [["blocks.0/Det", "Det", "[parser.cpp::made::9] no such operator"], ["blocks.1/Det", "Det", "the same"]]
     with pytest.raises(AttnDeployError, match="does not take the model") as error:
-        opened(tensorrt_stand_in.model(errors=errors))
+        opened(model(errors=errors))
     assert error.value.got == "blocks.0/Det (Det): no such operator; blocks.1/Det (Det): the same"
 
 
 def test_a_build_without_memory_says_so(gpu: Any) -> None:
     with pytest.raises(DeviceMemoryError) as error:
-        opened(tensorrt_stand_in.model(fails_to_build="FAILED_ALLOCATION"))
+        opened(model(fails_to_build="FAILED_ALLOCATION"))
     assert "workspace_mb" in str(error.value.next_step)
 
 
 def test_a_build_that_fails_gives_the_reason(gpu: Any) -> None:
     with pytest.raises(AttnDeployError, match="cannot build") as error:
-        opened(tensorrt_stand_in.model(fails_to_build="INVALID_ARGUMENT"))
+        opened(model(fails_to_build="INVALID_ARGUMENT"))
     assert error.value.got == "a reason"
 
 
@@ -193,7 +187,7 @@ def test_a_build_is_shown_and_a_key_ends_it(gpu: Any) -> None:
 
 def test_an_engine_file_of_another_version_is_refused(folder: Path, gpu: Any) -> None:
     path = folder / "old.engine"
-    path.write_bytes(tensorrt_stand_in.plan((10, 3, 0, 26), profiles=[]))
+    path.write_bytes(tensorrt_stand_in.plan(version=(10, 3, 0, 26)))
     with pytest.raises(UnavailableError, match="another TensorRT") as error:
         opened(path)  # type: ignore[arg-type]
     assert "10.3.0.26" in str(error.value.got)
@@ -201,7 +195,7 @@ def test_an_engine_file_of_another_version_is_refused(folder: Path, gpu: Any) ->
 
 def test_an_engine_file_runs(folder: Path, gpu: Any) -> None:
     path = folder / "own.engine"
-    path.write_bytes(tensorrt_stand_in.plan(profiles=[[[1, 4]] * 3, [[2, 4], [4, 4], [8, 4]]]))
+    path.write_bytes(tensorrt_stand_in.plan(MODEL, profiles=RANGES))
     session = opened(path)  # type: ignore[arg-type]
     np.testing.assert_array_equal(session.run({"x": batch(3)})["y"], right(batch(3)))
     session.close()
@@ -257,7 +251,7 @@ def test_several_shapes_keep_their_graphs(gpu: Any) -> None:
 
 
 def test_an_engine_that_cannot_be_captured_runs_kernel_by_kernel(gpu: Any) -> None:
-    session = opened(tensorrt_stand_in.model(capturable=False))
+    session = opened(model(capturable=False))
     for seed in range(4):
         np.testing.assert_array_equal(session.run({"x": batch(2, seed)})["y"], right(batch(2, seed)))
     assert "cuGraphLaunch" not in gpu.calls()
@@ -390,19 +384,30 @@ def test_closing_gives_everything_back(gpu: Any) -> None:
         session.run({"x": batch(1)})
 
 
-def test_read_back_says_what_runs(folder: Path, gpu: Any) -> None:
+@pytest.mark.parametrize("size", [1, 2], ids=["first profile", "second profile"])
+def test_read_back_says_what_runs(size: int, folder: Path, gpu: Any) -> None:
     path = folder / "model.onnx"
-    path.write_bytes(MODEL)
-    (node,) = tensorrt.read_back(path, {"x": batch(2)}, options=PROFILES)
+    path.write_bytes(model(dtype="float16"))
+    nodes = tensorrt.read_back(path, {"x": batch(size)}, options=PROFILES)
+    assert len(nodes) == 5
+    (node,) = [n for n in nodes if n.products]
     assert node.op_type == "gemm"
     assert node.covers == ("layer/MatMul",)
     assert node.computes_in == "float16"
-    assert [p.multiply_adds for p in node.products] == [2 * 4 * 4]
-    assert node.time_us == 500
+    assert [p.multiply_adds for p in node.products] == [size * 4 * 4]
+    assert all(n.time_us > 0 for n in nodes)
+    assert len(tensorrt_stand_in.built) == 1
+
+
+def test_an_engine_that_widens_its_types_is_read_back_as_such(folder: Path, gpu: Any) -> None:
+    path = folder / "model.onnx"
+    path.write_bytes(model(dtype="float16", widens=True))
+    nodes = tensorrt.read_back(path, {"x": batch(2)}, options=PROFILES)
+    assert [n.computes_in for n in nodes if n.products] == ["float32"]
 
 
 def test_without_specs_the_model_itself_says_its_inputs(gpu: Any) -> None:
     session = tensorrt.open_session(MODEL, options=PROFILES)
     assert session.inputs == (X,)
-    assert session.outputs == (Y,)
+    assert session.outputs == (TensorSpec("y", "float32", ("y.0", 4)),)
     session.close()

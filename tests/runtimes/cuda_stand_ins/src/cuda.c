@@ -188,6 +188,10 @@ CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned flags) {
   CALL(cuStreamWaitEvent, stream, event);
   return (void)flags, CUDA_SUCCESS;
 }
+CUresult cuLaunchHostFunc(CUstream stream, CUhostFn function, void *data) {
+  CALL(cuLaunchHostFunc, function, data);
+  return stand_in_host_function(function, data, STREAM(stream)), CUDA_SUCCESS;
+}
 CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
   return *status = (CUstreamCaptureStatus)stand_in_stream_capturing(STREAM(stream)), CUDA_SUCCESS;
 }

@@ -32,6 +32,7 @@ void stand_in_stream_free(StandInStream *stream);
 int stand_in_stream_begin(StandInStream *stream);
 int stand_in_stream_end(StandInStream *stream, void **graph);
 void stand_in_copy(void *to, const void *from, size_t size, StandInStream *stream);
+void stand_in_host_function(void (*function)(void *), void *data, StandInStream *stream);
 void stand_in_launch(void *graph);
 int stand_in_stream_capturing(StandInStream *stream);
 int stand_in_stream_wait(StandInStream *stream); /* a wait of the host: an error on a capturing stream */

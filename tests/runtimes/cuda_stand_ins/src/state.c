@@ -82,7 +82,19 @@ typedef struct Block {
   struct Block *next;
 } Block;
 static Block *blocks;
+static Block *spare; /* small arrays that were given back: the next one of their size lies there, as in CUDA's pools */
 static size_t used, limit = (size_t)8 << 30;
+enum { SPARE_AT_MOST = 1 << 20 };
+
+static Block *taken_again(size_t size) {
+  for (Block **link = &spare; *link; link = &(*link)->next) {
+    Block *block = *link;
+    if (block->size != size) continue;
+    *link = block->next;
+    return block;
+  }
+  return NULL;
+}
 
 void stand_in_memory_limit(size_t bytes) { limit = bytes; }
 
@@ -94,13 +106,17 @@ int stand_in_allocate(void **pointer, size_t size, int kind) {
   pthread_mutex_lock(&mutex);
   int full = kind == STAND_IN_DEVICE && used + size > limit;
   void *memory = NULL;
-  if (!full && posix_memalign(&memory, 512, size ? size : 1) != 0) full = 1;
+  Block *block = full || kind != STAND_IN_DEVICE ? NULL : taken_again(size);
+  if (!full && !block && posix_memalign(&memory, 512, size ? size : 1) != 0) full = 1;
   if (!full) {
-    Block *block = malloc(sizeof *block);
-    *block = (Block){memory, size, kind, blocks};
+    if (!block) {
+      block = malloc(sizeof *block);
+      block->start = memory;
+    }
+    *block = (Block){block->start, size, kind, blocks};
     blocks = block;
     if (kind == STAND_IN_DEVICE) used += size;
-    *pointer = memory;
+    *pointer = block->start;
   }
   pthread_mutex_unlock(&mutex);
   return full ? STAND_IN_OUT_OF_MEMORY : STAND_IN_SUCCESS;
@@ -115,8 +131,13 @@ int stand_in_free(void *pointer) {
     if (block->start != pointer) continue;
     if (block->kind == STAND_IN_DEVICE) used -= block->size;
     *link = block->next;
-    free(block->start);
-    free(block);
+    if (block->kind == STAND_IN_DEVICE && block->size <= SPARE_AT_MOST) {
+      block->next = spare;
+      spare = block;
+    } else {
+      free(block->start);
+      free(block);
+    }
     status = STAND_IN_SUCCESS;
     break;
   }
@@ -154,15 +175,16 @@ int stand_in_device_arrays(void) {
 
 /* -- streams and events ------------------------------------------------------------------------------------------ */
 
-typedef struct Copy {
+typedef struct Work { /* a copy, or a function of the host that is given `to` */
   void *to;
   const void *from;
   size_t size;
-  struct Copy *next;
-} Copy;
+  void (*function)(void *);
+  struct Work *next;
+} Work;
 struct StandInStream {
   int capturing; /* 1 while a graph is captured, 2 when a forbidden call broke it */
-  Copy *first, *last;
+  Work *first, *last;
 };
 struct StandInEvent {
   struct timespec time;
@@ -196,33 +218,48 @@ int stand_in_stream_end(StandInStream *stream, void **graph) {
   int state = real(stream)->capturing;
   *graph = NULL;
   if (!state) return STAND_IN_INVALID;
-  Copy *copies = real(stream)->first;
+  Work *work = real(stream)->first;
   *real(stream) = (StandInStream){0, NULL, NULL};
   capture = NULL;
   if (state == 2) return STAND_IN_CAPTURE + 1; /* the capture was invalidated */
-  *graph = malloc(sizeof copies);
-  memcpy(*graph, &copies, sizeof copies);
+  *graph = malloc(sizeof work);
+  memcpy(*graph, &work, sizeof work);
   return STAND_IN_SUCCESS;
 }
 
-/* A graph is a list of copies: a captured copy is done by each launch, and not by the capture. Graphs are never freed,
+static void done(const Work *work) {
+  if (work->function)
+    work->function(work->to);
+  else
+    memmove(work->to, work->from, work->size);
+}
+
+/* A graph is a list of work: what is captured is done by each launch, and not by the capture. Graphs are never freed,
  * since instances share their list. */
-void stand_in_copy(void *to, const void *from, size_t size, StandInStream *stream) {
-  if (!real(stream)->capturing) {
-    memmove(to, from, size);
+static void queue(Work work, StandInStream *stream) {
+  if (!stream->capturing) {
+    done(&work);
     return;
   }
-  Copy *copy = malloc(sizeof *copy);
-  *copy = (Copy){to, from, size, NULL};
-  if (real(stream)->last) real(stream)->last->next = copy;
-  if (!real(stream)->first) real(stream)->first = copy;
-  real(stream)->last = copy;
+  Work *kept = malloc(sizeof *kept);
+  *kept = work;
+  if (stream->last) stream->last->next = kept;
+  if (!stream->first) stream->first = kept;
+  stream->last = kept;
+}
+
+void stand_in_copy(void *to, const void *from, size_t size, StandInStream *stream) {
+  queue((Work){to, from, size, NULL, NULL}, real(stream));
+}
+
+void stand_in_host_function(void (*function)(void *), void *data, StandInStream *stream) {
+  queue((Work){data, NULL, 0, function, NULL}, real(stream));
 }
 
 void stand_in_launch(void *graph) {
-  Copy *copies;
-  memcpy(&copies, graph, sizeof copies);
-  for (Copy *copy = copies; copy; copy = copy->next) memmove(copy->to, copy->from, copy->size);
+  Work *first;
+  memcpy(&first, graph, sizeof first);
+  for (Work *work = first; work; work = work->next) done(work);
 }
 
 int stand_in_stream_capturing(StandInStream *stream) { return real(stream)->capturing; }
