@@ -82,7 +82,8 @@ def benchmark(
     settings = _Settings(tuple(against), threads, inputs, graph, target, parse_precision(precision))
     with contextlib.ExitStack() as stack:
         progress.stage("models")
-        opened = [one for item in items for one in _open(stack, item, settings)]
+        with runtimes.progress_of(Target.TENSORRT, progress):  # whose engines may have to be built
+            opened = [one for item in items for one in _open(stack, item, settings)]
         facts = environment.host() | runtimes.device_facts(item.target for item in opened)
         for batch in batches:
             progress.stage(f"batch {batch}")

@@ -7,16 +7,17 @@ import ctypes
 import errno
 import glob
 import hashlib
+import itertools
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import msgspec
 
 from attn_deploy.errors import BundleError, StorageError, UsageError
-from attn_deploy.manifest import SCHEMA_VERSION, FileEntry, Manifest
+from attn_deploy.manifest import SCHEMA_VERSION, FileEntry, Graph, Manifest, Variant, graph_file
 from attn_deploy.receipt import Receipt
 from attn_deploy.target import nearest
 
@@ -25,6 +26,7 @@ RECEIPT = "receipt.json"
 CANONICAL = "canonical.onnx"
 PORTABLE = "portable.onnx"
 REPORT = "report.html"
+VARIANTS = "variants"
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -228,17 +230,59 @@ class Bundle:
             )  # fmt: skip
         return found
 
-    def rewrite(self, receipt: Receipt, chosen: dict[str, str]) -> None:
-        """Replaces receipt and choice, of each graph its own. Each file is replaced whole, the manifest last."""
-        content = encode(receipt)
-        entry = FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
-        files = {**self.manifest.files, RECEIPT: entry}
+    @contextlib.contextmanager
+    def adopting(self) -> Iterator[Callable[[str, Sequence[Path]], tuple[str, ...]]]:
+        """A function (graph, files) -> their names in the bundle, where copies of them lie from then on. They are part
+        of it once `rewrite` has named them in `variants`; where that fails they are removed."""
+        made: list[Path] = []
+
+        def adopt(graph: str, files: Sequence[Path]) -> tuple[str, ...]:
+            folder = _free_folder(self.root / graph_file(graph, VARIANTS))
+            with storage_errors(self.root):
+                folder.mkdir(parents=True)
+                made.append(folder)
+                copies = [Path(shutil.copyfile(file, folder / file.name)) for file in files]
+            return tuple(copy.relative_to(self.root).as_posix() for copy in copies)
+
+        try:
+            yield adopt
+        except BaseException:
+            for folder in made:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def rewrite(
+        self,
+        receipt: Receipt,
+        chosen: dict[str, str],
+        page: str | None = None,
+        variants: Mapping[str, Mapping[str, Variant]] | None = None,
+    ) -> None:
+        """Replaces receipt, its page and choice, of each graph its own. Each file is replaced whole, the manifest last.
+        Without a page there is none any more: it would tell of another receipt.
+
+        `variants`: of the graphs of which they change, by graph. Their files are there; those that no variant names any
+        more are removed when the manifest is in place."""
+        contents = {RECEIPT: encode(receipt)}
+        if page is not None:
+            contents[REPORT] = page.encode()
         graphs = dict(self.manifest.graphs)
         for name, found in receipt.graphs.items():
             graphs[name] = msgspec.structs.replace(graphs[name], chosen=found.chosen)
-        manifest = msgspec.structs.replace(self.manifest, files=files, chosen=chosen, graphs=graphs)
+        for name, of_graph in (variants or {}).items():
+            graphs[name] = msgspec.structs.replace(graphs[name], variants=dict(of_graph))
+        before, after = _variant_files(self.manifest.graphs), _variant_files(graphs)
+        gone = before - after
+        files = {name: entry for name, entry in self.manifest.files.items() if name not in {REPORT, *gone}}
+        files |= {n: FileEntry(sha256=hashlib.sha256(c).hexdigest(), size=len(c)) for n, c in contents.items()}
         with storage_errors(self.root):
-            _replace({self.root / RECEIPT: content, self.root / MANIFEST: encode(manifest)})
+            files |= {name: file_entry(self.root / name) for name in sorted(after - before)}
+            manifest = msgspec.structs.replace(self.manifest, files=files, chosen=chosen, graphs=graphs)
+            _replace({self.root / name: c for name, c in contents.items()} | {self.root / MANIFEST: encode(manifest)})
+            for name in gone if page is not None else {*gone, REPORT}:
+                (self.root / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not empty
+                    (self.root / name).parent.rmdir()
         self.manifest = manifest
 
     def _entry(self, name: str) -> FileEntry:
@@ -257,6 +301,15 @@ class Bundle:
                 "a file of the bundle was changed", where=str(self.root / name), got=f"sha256 {found[:16]}...",
                 expected=f"sha256 {expected[:16]}...", next_step="copy or export it again",
             )  # fmt: skip
+
+
+def _variant_files(graphs: Mapping[str, Graph]) -> set[str]:
+    return {file for graph in graphs.values() for variant in graph.variants.values() for file in variant.files}
+
+
+def _free_folder(variants: Path) -> Path:
+    """One that is not there yet: a file that is in use is never written over."""
+    return next(folder for n in itertools.count(1) if not (folder := variants / str(n)).exists())
 
 
 class _Version(msgspec.Struct):

@@ -28,6 +28,7 @@ from attn_deploy.proving import Proof
 from attn_deploy.readback import PROVIDERS
 from attn_deploy.receipt import CandidateEntry, Receipt, merged
 from attn_deploy.reference import Reference, SourceOfReference, references
+from attn_deploy.report import html_page
 from attn_deploy.resolutions import about
 from attn_deploy.session import Array
 from attn_deploy.target import Precision, Target
@@ -314,9 +315,24 @@ def _promote(bundle: Bundle, receipts: Mapping[str, Receipt], found: Mapping[str
         updated[name], passed = _promoted(receipts[name], of)
         promoted += [graph_file(name, variant) for variant in passed]
     if promoted:
-        receipt = merged(updated)
-        bundle.rewrite(receipt, receipt.chosen)
+        targets = {Target(e.target) for of in found.values() for e in of.entries}
+        receipt = _proven_here(merged(updated), promoted, targets)
+        bundle.rewrite(receipt, receipt.chosen, html_page(receipt))
     return tuple(promoted)
+
+
+def _proven_here(receipt: Receipt, promoted: Sequence[str], targets: set[Target]) -> Receipt:
+    """The receipt with this host's GPU, and a note on which rows are of this host: the export's may be another."""
+    device = runtimes.device_facts(targets)
+    host = environment.host()
+    where = ", ".join(str(fact) for fact in (host["cpu"], device.get("gpu_name")) if fact is not None)
+    note = f"{', '.join(promoted)}: proven after the export by validate, with times of its host: {where}"
+    return replace(
+        receipt,
+        host=receipt.host | device,
+        versions=environment.versions() | receipt.versions,
+        warnings=(*receipt.warnings, note),
+    )
 
 
 def _promoted(receipt: Receipt, found: _Validated) -> tuple[Receipt, list[str]]:

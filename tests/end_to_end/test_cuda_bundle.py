@@ -1,31 +1,26 @@
 """A bundle for CUDA, written on a host without a GPU and opened where the real ONNX Runtime CUDA runs upon stand-ins.
 
-What is read back there is real: which node runs where and in which type. Numbers are not, since no kernel runs: every
-variant must fail parity, and must not be promoted.
+What is read back there is real: which node runs where and in which type. Numbers are not, since no kernel runs: a
+variant that computes must fail parity, and must not be promoted. One that only moves data is right, and is promoted.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import upon_stand_ins
+from upon_stand_ins import Host
 
 import attn_deploy
 from attn_deploy.bundle import open_bundle
 from attn_deploy.errors import UnavailableError
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "runtimes"))  # for cuda_stand_ins
-
-import cuda_stand_ins
-
 Cli = Callable[..., Any]
 CUDA = "CUDAExecutionProvider"
-_REASON = cuda_stand_ins.missing_for_sessions()
-upon_stand_ins = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +49,14 @@ def test_an_application_is_told_to_prove_it_first(bundle: Path) -> None:
         assert "attn-deploy validate" in str(caught.value)
 
 
-@upon_stand_ins
-def test_validate_reads_back_what_runs_and_promotes_nothing_that_is_wrong(bundle: Path) -> None:
-    ran = cuda_stand_ins.run_python("-m", "attn_deploy.cli", "validate", bundle, "--json")
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Host:
+    return Host(monkeypatch, tmp_path, tensorrt=False)
+
+
+@upon_stand_ins.needed
+def test_validate_reads_back_what_runs_and_promotes_nothing_that_is_wrong(bundle: Path, host: Host) -> None:
+    ran = host.cli("validate", bundle, "--json")
     assert ran.returncode == 3, ran.stderr
     found = json.loads(ran.stdout)["validation"]
     for row in found["candidates"]:
@@ -69,6 +69,30 @@ def test_validate_reads_back_what_runs_and_promotes_nothing_that_is_wrong(bundle
     assert len(found["candidates"]) == len(open_bundle(bundle).receipt().candidates)
     assert found["promoted"] == []
     assert open_bundle(bundle).manifest.chosen == {}
+
+
+@upon_stand_ins.needed
+def test_what_is_right_there_is_promoted_opened_and_measured(attn_deploy_cli: Cli, host: Host, tmp_path: Path) -> None:
+    out = tmp_path / "rearranged.attn"
+    ran = attn_deploy_cli(
+        "export", "tiny_models:rearranged", "--target", "onnxruntime-cuda", "--precision", "fp32", "--allow-unproven",
+        "--out", out,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    done = host.cli("validate", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["promoted"] == ["onnxruntime-cuda-fp32"]
+    assert open_bundle(out).manifest.chosen == {"onnxruntime-cuda": "onnxruntime-cuda-fp32"}
+    for copies in ("--no-copies", "--copies"):
+        done = host.cli("bench", out, "--against", "none", copies, "--batch", "8", "--seconds", "1", "--json")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        (row,) = found["rows"]
+        assert (row["system"], row["latency"]["batch"]) == ("onnxruntime-cuda-fp32", 8)
+        assert row["latency"]["p50_ms"] > 0
+        assert (row["device"] is not None) == (copies == "--no-copies")
+        assert row["device"] is None or 0 < row["device"]["p50_ms"] <= row["latency"]["p50_ms"]
+        assert found["host"]["gpu_name"].startswith("stand-in")
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,13 @@ import pytest
 from attn_deploy import proving, runtimes
 from attn_deploy.built import Built
 from attn_deploy.choice import Budget
+from attn_deploy.export.canonical import CanonicalModel, save_model
 from attn_deploy.export.capture import capture
 from attn_deploy.export.lower import onnxruntime_cpu
 from attn_deploy.export.recognize import recognize
 from attn_deploy.export.rewrite import rewrite
 from attn_deploy.export.sources import SourceRequest, load_source
-from attn_deploy.export.to_onnx import CanonicalModel, save_model, to_onnx
+from attn_deploy.export.to_onnx import to_onnx
 from attn_deploy.parity import parity_cases
 from attn_deploy.proving import Proof
 from attn_deploy.session import DimBounds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 
 import attn_deploy
 from attn_deploy.bundle import open_bundle
-from attn_deploy.errors import UnavailableError
-from attn_deploy.validation import validate
+from attn_deploy.errors import NotAsAskedError, UnavailableError
+from attn_deploy.report import html_page
+from attn_deploy.validation import require_passed, validate
 
 
 @pytest.fixture
@@ -45,6 +47,10 @@ def test_validate_proves_it_and_the_bundle_says_so_from_there_on(unproven: Path)
     assert [rows[v].status for v in variants] == ["passed"] * len(variants)
     assert all(rows[v].parity is not None and rows[v].latency is not None and rows[v].sites for v in variants)
     assert bundle.receipt().chosen == bundle.manifest.chosen == {"onnxruntime-cpu": variants[0]}
+    note = f"{', '.join(variants)}: proven after the export by validate"
+    assert any(warning.startswith(note) for warning in bundle.receipt().warnings)
+    bundle.check_all()
+    assert (unproven / "report.html").read_text() == html_page(bundle.receipt())
     with attn_deploy.load(unproven) as session:
         assert session.variant == variants[0]
     assert validate(unproven).promoted == ()
@@ -58,3 +64,18 @@ def test_what_another_host_chose_for_its_target_stays(unproven: Path) -> None:
     chosen = open_bundle(unproven).manifest.chosen
     assert chosen["tensorrt"] == "tensorrt-fp16"
     assert set(chosen) == {"tensorrt", "onnxruntime-cpu"}
+
+
+def test_a_variant_that_runs_in_another_precision_is_not_as_asked(unproven: Path) -> None:
+    manifest = json.loads((unproven / "manifest.json").read_text())
+    name, variant = next((n, v) for n, v in manifest["graphs"]["main"]["variants"].items() if v["precision"] == "fp32")
+    variant["precision"] = "int8"
+    (unproven / "manifest.json").write_text(json.dumps(manifest))
+    found = validate(unproven)
+    assert found.not_as_asked == (name,)
+    assert name not in found.promoted
+    with pytest.raises(NotAsAskedError, match=f"{name} does not run here as it should") as caught:
+        require_passed(found)
+    assert str(caught.value.got).startswith("only 0.0% of the multiply-adds")
+    assert caught.value.exit_code == 4
+    assert caught.value.validation is found  # type: ignore[attr-defined]

@@ -159,6 +159,13 @@ class TwoInputs(nn.Module):
         return {"scores": self.head(mixed.mean(1)), "tokens": mixed}
 
 
+class Rearranged(nn.Module):
+    """Nothing is computed: x [batch, 3, 16, 16] -> [batch, 768]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], 16, 48).flatten(1)
+
+
 def gated() -> Any:
     torch.manual_seed(0)
     return GatedNet(), {"x": IMAGE}
@@ -172,6 +179,10 @@ def scaled_attention(layer_scale: float = 1.0) -> Any:
 def windowed() -> Any:
     torch.manual_seed(0)
     return WindowedNet(), {"x": IMAGE}
+
+
+def rearranged() -> Any:
+    return Rearranged(), {"x": IMAGE}
 
 
 def constant() -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from attn_deploy import runtimes
 from attn_deploy.errors import FeedError, UnavailableError
 from attn_deploy.runtimes.cuda_device import (
     DeviceArray,
@@ -19,6 +20,7 @@ from attn_deploy.runtimes.cuda_device import (
     stream_handle,
 )
 from attn_deploy.runtimes.cuda_facts import device_facts
+from attn_deploy.target import Target
 
 
 @pytest.fixture
@@ -107,6 +109,15 @@ def test_facts_come_from_cuda_and_from_nvml(gpu: Any) -> None:
     )
     assert facts.power_limit_w is None, "a value that the GPU does not tell"
     assert facts.throttled_by == ("power limit", "idle")
+
+
+def test_the_facts_of_a_host_have_those_of_its_gpu_where_a_target_is_on_one(gpu: Any) -> None:
+    assert runtimes.device_facts([Target.ONNXRUNTIME_CPU]) == {}
+    found = runtimes.device_facts([Target.ONNXRUNTIME_CPU, Target.ONNXRUNTIME_CUDA])
+    assert found["gpu_name"] == "stand-in: no GPU, no kernel runs"
+    assert (found["gpu_sm_clock_mhz"], found["gpu_power_w"], found["gpu_power_limit_w"]) == (1980, 123.456, None)
+    assert found["gpu_throttled_by"] == "power limit, idle"
+    assert all(value is None or isinstance(value, str | int | float) for value in found.values())
 
 
 # -- memory and copies ------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ addresses in GPU memory, one enqueue before a capture) and refuses, as TensorRT 
 
 Its engines compute the ONNX model they were parsed from, by ONNX Runtime's CPU provider, on the memory of the made GPU
 of `cuda_stand_ins`, which is the host's. Their layers are the model's nodes, one each: nothing is fused but Attention,
-and no layer is chosen by time. So it shows that what is built, bound, run and read back belongs together, and nothing of
+and nothing is chosen by time. So it shows that what is built, bound, run and read back belongs together, and nothing of
 what NVIDIA's builder makes of a graph.
 
 `import tensorrt` finds it where this folder's parent is on the path, `cuda_stand_ins.run_python` runs such a process.

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+
 from tensorrt.graph import Array, Graph, Shape, dims, dtype_of
 from tensorrt.names import (
     DataType,
@@ -93,14 +94,20 @@ class Inspector:
     def get_engine_information(self, format: LayerInformationFormat) -> str:
         assert self.execution_context is not None, "without a context shapes are not known"
         values = self._engine.graph.values(self.execution_context.shapes)
+        nodes = self._engine.graph.model.graph.node
+        quantized = {node.output[0]: node.input[0] for node in nodes if node.op_type == "DequantizeLinear"}
         layers = []
         for profile in range(len(self._engine.about["profiles"])):
-            nodes = zip(self._engine.layer_names(profile), self._engine.graph.model.graph.node, strict=True)
-            layers += [_layer(name, node, values) for name, node in nodes]
+            names = self._engine.layer_names(profile)
+            layers += [_layer(name, node, values, quantized) for name, node in zip(names, nodes, strict=True)]
         return json.dumps({"Layers": layers})
 
 
-def _layer(name: str, node: onnx.NodeProto, values: dict[str, tuple[np.dtype[Any], Shape]]) -> dict[str, Any]:
+def _layer(
+    name: str, node: onnx.NodeProto, values: dict[str, tuple[np.dtype[Any], Shape]], quantized: dict[str, str]
+) -> dict[str, Any]:
+    """A product of two dequantized operands is one of integers, as TensorRT makes it."""
+
     def tensors(names: Any) -> list[dict[str, Any]]:
         return [
             {"Name": n, "Dimensions": list(values[n][1]), "Format": "Row major", "Datatype": _datatype(values[n][0])}
@@ -109,11 +116,14 @@ def _layer(name: str, node: onnx.NodeProto, values: dict[str, tuple[np.dtype[Any
 
     kind = _KINDS.get(node.op_type, "kgen")
     tactic = f"{_stem(node)}_0x5f37"
+    inputs = list(node.input)
     if kind != "kgen":
-        named = _TACTICS[str(values[node.input[0]][0])]
+        if all(operand in quantized for operand in inputs[:2]):
+            inputs[:2] = (quantized[operand] for operand in inputs[:2])
+        named = _TACTICS[str(values[inputs[0]][0])]
         tactic = f"sm90_xmma_{kind}_{named}f32_f32_tn_n_tilesize64x64x64"
     return {
-        "Name": name, "LayerType": kind, "Inputs": tensors(node.input), "Outputs": tensors(node.output),
+        "Name": name, "LayerType": kind, "Inputs": tensors(inputs), "Outputs": tensors(node.output),
         "TacticName": tactic, "Metadata": f"[ONNX Layer: {node.name}]",
     }  # fmt: skip
 
@@ -169,9 +179,8 @@ class Context:
         ready = self._memory and not self.infer_shapes() and self._addresses.keys() == self._engine.tensors.keys()
         if not stream or not ready:
             return self._refuse("the context is not ready")
-        if _is_capturing(stream):
-            if not self._settled or not self._engine.about.get("capturable", True):
-                return self._refuse("this cannot be captured")
+        if _is_capturing(stream) and not (self._settled and self._engine.about.get("capturable", True)):
+            return self._refuse("this cannot be captured")
         self._settled = True
         addresses, shapes = dict(self._addresses), dict(self.shapes)
         began = time.perf_counter()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+
 from tensorrt.faults import told
 from tensorrt.graph import Graph, dims
 from tensorrt.names import DataType, Dims, LayerType, NetworkDefinitionCreationFlag
