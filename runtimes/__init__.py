@@ -117,6 +117,17 @@ def read_back(
     return nodes
 
 
+def prepare(
+    target: Target, model: Path, *, library: bool = False, options: Mapping[str, str] | None = None
+) -> str | None:
+    """Makes what a variant's options count on and opening does not make by itself; to be called where models are
+    exported, validated and tuned. None when all is there, else what will run in its place, and why."""
+    if target is not Target.ONNXRUNTIME_CPU:
+        return None
+    reason: str | None = runtime(target).prepare(model, library=library, options=options or {})
+    return reason
+
+
 def session_options(target: Target) -> dict[str, Any]:
     """The options that every session of the target is opened with, for the receipt."""
     options: dict[str, Any] = dict(runtime(target).OPTIONS)
@@ -159,7 +170,7 @@ def variant_options(target: Target, dims: Mapping[str, DimBounds], asked: Mappin
 def options_of_parts(target: Target, options: Mapping[str, str]) -> dict[str, str]:
     """The options for a part of a variant that is run once or twice: nothing that pays off only later."""
     if not target.on_gpu:
-        return dict(options)
+        return {}
     found = {name: value for name, value in options.items() if not name.startswith("profile:")}
     found["cuda_graph"] = "0"
     if target is Target.TENSORRT:

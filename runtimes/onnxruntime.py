@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from attn_deploy.session import Array, TensorSpec
 
 INSTALL = "pip install onnxruntime"
 OPTIONS: dict[str, Any] = {"graph_optimization_level": "ORT_ENABLE_ALL", "execution_mode": "sequential"}
+
+LAYOUT, BLOCKED = "layout", "blocked"
+"""The one option of a variant's session: gates inside ONNX Runtime's blocked layout (onnxruntime_blocked)."""
 
 _DTYPES = {
     "tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16", "tensor(int64)": "int64",
@@ -68,14 +72,44 @@ def open_session(
     library: bool = False,
     options: Mapping[str, str] | None = None,
 ) -> OnnxRuntimeSession:
-    """`options` must be empty: lowering for the CPU counts on none.
+    """`options` are empty, or {"layout": "blocked"}: the graph that `prepare` made for this host runs where it is in the
+    device cache, else the stock graph, which a RuntimeWarning says.
 
     Raises UnavailableError without onnxruntime, AttnDeployError when it rejects the model."""
-    assert not options, options
-    session = _create(model, _options(threads, library))
+    session = _blocked(model, threads, library) if _asks_blocked(options) else None
+    session = session or create_session(model, cpu_settings(threads, library))
     return OnnxRuntimeSession(
         session, inputs or tensor_specs(session.get_inputs()), outputs or tensor_specs(session.get_outputs())
     )
+
+
+def prepare(model: Path, *, library: bool = False, options: Mapping[str, str] | None = None) -> str | None:
+    """Makes what the options count on and `open_session` does not make: with {"layout": "blocked"} the rewritten graph
+    (seconds, with the onnx package). None when it is there, else why the stock graph will run."""
+    if not _asks_blocked(options):
+        return None
+    from attn_deploy.runtimes import onnxruntime_blocked
+
+    return onnxruntime_blocked.prepare(model, library=library)
+
+
+def _asks_blocked(options: Mapping[str, str] | None) -> bool:
+    assert not options or dict(options) == {LAYOUT: BLOCKED}, options
+    return bool(options)
+
+
+def _blocked(model: bytes | Path, threads: int | None, library: bool) -> Any:
+    """ONNX Runtime's session of the rewritten graph; None, with a warning, where the stock one has to do."""
+    from attn_deploy.runtimes import onnxruntime_blocked
+
+    found = onnxruntime_blocked.find(model)
+    if isinstance(found, bytes):
+        try:
+            return create_session(found, onnxruntime_blocked.settings(threads))
+        except AttnDeployError as error:
+            found = f"{error.what}: {error.got}"
+    warnings.warn(f"gates run outside the blocked layout here: {found}", RuntimeWarning, stacklevel=3)
+    return None
 
 
 def read_back(
@@ -87,14 +121,25 @@ def read_back(
     changes no node.
     """
     with tempfile.TemporaryDirectory() as folder:
-        settings = _options(None, library)
+        source, settings = _source(model, library, options)
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(folder) / "profile")
         settings.add_session_config_entry("session.disable_prepacking", "1")
-        session = _create(model, settings)
+        session = create_session(source, settings)
         session.run(None, dict(feeds))
         events = json.loads(Path(session.end_profiling()).read_text())
     return profiled_nodes(events)
+
+
+def _source(model: Path, library: bool, options: Mapping[str, str] | None) -> tuple[bytes | Path, Any]:
+    """What `open_session` opens, and with which settings."""
+    if _asks_blocked(options):
+        from attn_deploy.runtimes import onnxruntime_blocked
+
+        found = onnxruntime_blocked.find(model)
+        if isinstance(found, bytes):
+            return found, onnxruntime_blocked.settings(None)
+    return model, cpu_settings(None, library)
 
 
 def profiled_nodes(events: Sequence[Mapping[str, Any]]) -> list[RunNode]:
@@ -122,11 +167,12 @@ def _infos(entries: Sequence[Mapping[str, Sequence[int]]]) -> tuple[TensorInfo, 
     )
 
 
-def _options(threads: int | None, library: bool) -> Any:
+def cpu_settings(threads: int | None, library: bool) -> Any:
+    """The options of a session on the CPU. Raises UnavailableError without onnxruntime."""
     reason = availability()
     if reason is not None:
         raise UnavailableError("onnxruntime-cpu cannot run here", got=reason, next_step=INSTALL)
-    return session_settings(threads, native.library_path() if library else None)
+    return session_settings(threads, native.session_library() if library else None)
 
 
 def session_settings(threads: int | None, library: Path | None) -> Any:
@@ -145,7 +191,8 @@ def session_settings(threads: int | None, library: Path | None) -> Any:
     return options
 
 
-def _create(model: bytes | Path, options: Any) -> Any:
+def create_session(model: bytes | Path, options: Any) -> Any:
+    """ONNX Runtime's own session on the CPU. Raises AttnDeployError when it rejects the model."""
     import onnxruntime
 
     source = model if isinstance(model, bytes) else str(model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import os
 import shutil
 import sys
 import sysconfig
@@ -18,9 +19,13 @@ from pathlib import Path
 from attn_deploy.errors import UnavailableError
 
 __all__ = [
-    "NativeStatus", "kernel_names", "library_folders", "library_operators", "library_path", "library_text",
-    "library_version", "status",
+    "ISA_VARIABLE", "NativeStatus", "kernel_names", "library_error", "library_folders", "library_instruction_set",
+    "library_operators", "library_path", "library_text", "library_version", "session_library", "status",
 ]  # fmt: skip
+
+ISA_VARIABLE = "ATTN_DEPLOY_NATIVE_ISA"
+"""Forces an instruction set: avx512, avx2, neon, or none. One that this CPU lacks is an error. Read by the library, and
+once in a process."""
 
 _DISTRIBUTION = "attn-deploy"
 _PACKAGE_FOLDER = Path("attn_deploy", "runtimes", "native")
@@ -33,13 +38,17 @@ _REINSTALL = "pip install --force-reinstall --no-deps ."
 
 @dataclass(frozen=True)
 class NativeStatus:
-    """Whether operators can run natively here. `reason` says why not and what to do next; None when available."""
+    """Whether operators can run natively here. `reason` says why not and what to do next; None when available.
+    `instruction_set`: what kernels run with; None for a library that does not load, and where it does not matter.
+    `fault`: it was asked for what is not here, by ISA_VARIABLE."""
 
     available: bool
     path: Path | None
     version: str | None
     operators: tuple[str, ...]
     reason: str | None
+    instruction_set: str | None = None
+    fault: bool = False
 
 
 def library_path() -> Path | None:
@@ -54,12 +63,34 @@ def library_version(path: Path) -> str:
 
 def library_operators(path: Path) -> tuple[str, ...]:
     """The ONNX operator names that the library registers; raises UnavailableError when it does not load."""
-    return tuple(library_text(path, "attn_deploy_native_operators").split(","))
+    return tuple(filter(None, library_text(path, "attn_deploy_native_operators").split(",")))
+
+
+def library_instruction_set(path: Path) -> str:
+    """What kernels run with on this CPU: avx512, avx2, neon or none; raises UnavailableError when it does not load."""
+    return library_text(path, "attn_deploy_native_instruction_set")
+
+
+def library_error(path: Path) -> str:
+    """Why no kernel runs though ISA_VARIABLE forces an instruction set, else ""; raises UnavailableError when the
+    library does not load."""
+    return library_text(path, "attn_deploy_native_error")
 
 
 def kernel_names() -> tuple[str, ...]:
-    """The ONNX operator names that have a native kernel here: none when the library is missing or does not load."""
-    return status().operators
+    """The ONNX operator names that have a native kernel here: none when the library is missing or does not load, or has
+    none for this CPU. Raises UnavailableError when ISA_VARIABLE forces an instruction set that is not here."""
+    found = status()
+    _require_forced(found)
+    return found.operators
+
+
+def session_library() -> Path | None:
+    """The library that sessions register; None, and function bodies run, where it is missing or does not load. Raises
+    UnavailableError as `kernel_names` does."""
+    found = status()
+    _require_forced(found)
+    return found.path if found.version is not None else None
 
 
 def status() -> NativeStatus:
@@ -68,9 +99,12 @@ def status() -> NativeStatus:
     if path is None:
         return NativeStatus(False, None, None, (), _reason_not_built())
     try:
-        return NativeStatus(True, path, library_version(path), library_operators(path), None)
-    except UnavailableError as error:
-        return NativeStatus(False, path, None, (), f"{error.what}: {error.got}; next: {error.next_step}")
+        version, operators = library_version(path), library_operators(path)
+        isa, error = library_instruction_set(path), library_error(path)
+    except UnavailableError as refused:
+        return NativeStatus(False, path, None, (), f"{refused.what}: {refused.got}; next: {refused.next_step}")
+    reason = f"{error}; next: unset {ISA_VARIABLE}" if error else _reason_without_kernels(isa)
+    return NativeStatus(reason is None, path, version, operators, reason, isa, fault=bool(error))
 
 
 def library_folders() -> Iterator[Path]:
@@ -84,6 +118,24 @@ def library_folders() -> Iterator[Path]:
         installed = []
     yield from (Path(file.locate()).parent for file in installed if file.name == _FILE_NAME)
     yield from (Path(sysconfig.get_path(name)) / _PACKAGE_FOLDER for name in ("platlib", "purelib"))
+
+
+def _require_forced(found: NativeStatus) -> None:
+    if found.fault:
+        error, _, next_step = (found.reason or "").partition("; next: ")
+        forced, _, here = error.partition(": this CPU has ")
+        raise UnavailableError(
+            "the instruction set that native kernels are forced to is not here",
+            got=forced, expected=f"{here}; or none, to run function bodies", next_step=next_step,
+        )  # fmt: skip
+
+
+def _reason_without_kernels(isa: str) -> str | None:
+    if isa != "none":
+        return None
+    if os.environ.get(ISA_VARIABLE) == "none":
+        return f"switched off by {ISA_VARIABLE}=none; next: unset {ISA_VARIABLE}"
+    return "this CPU has no instruction set that kernels are built for (AVX2 with FMA, AVX-512 or NEON)"
 
 
 def _reason_not_built() -> str:

@@ -54,7 +54,7 @@ OrtStatus* ReadShape(const OrtApi& api, OrtShapeInferContext* context, size_t in
   return api.GetSymbolicDimensions(info, names, rank);
 }
 
-OrtStatus* SetOutput(const OrtApi& api, OrtShapeInferContext* context, const Shape& output,
+OrtStatus* SetOutput(const OrtApi& api, OrtShapeInferContext* context, size_t index, const Shape& output,
                      const char* (&names)[kMaxRank]) {
   OrtTensorTypeAndShapeInfo* info = nullptr;
   ATTN_DEPLOY_RETURN_IF_ERROR(api.CreateTensorTypeAndShapeInfo(&info));
@@ -62,45 +62,57 @@ OrtStatus* SetOutput(const OrtApi& api, OrtShapeInferContext* context, const Sha
   OrtStatus* status = api.SetTensorElementType(info, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
   if (status == nullptr) status = api.SetDimensions(info, output.dims, rank);
   if (status == nullptr) status = api.SetSymbolicDimensions(info, names, rank);
-  if (status == nullptr) status = api.ShapeInferContext_SetOutputTypeShape(context, 0, info);
+  if (status == nullptr) status = api.ShapeInferContext_SetOutputTypeShape(context, index, info);
   api.ReleaseTensorTypeAndShapeInfo(info);
   return status;
 }
 
-OrtStatus* InferOutputShape(const CpuOp& op, OrtShapeInferContext* context) {
-  std::vector<Shape> inputs(op.inputs.size());
-  const char* first_names[kMaxRank] = {};
-  const char* ignored[kMaxRank] = {};
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    ATTN_DEPLOY_RETURN_IF_ERROR(ReadShape(op.api, context, i, &inputs[i], i == 0 ? first_names : ignored));
-  }
+OrtStatus* InferOutputShape(const CpuOp& op, OrtShapeInferContext* context, const std::vector<Shape>& inputs,
+                            const char* (&first_names)[kMaxRank], size_t index) {
   Shape output;
   int from[kMaxRank] = {};
   for (int d = 0; d < kMaxRank; ++d) from[d] = d;
-  if (inputs.empty() || inputs[0].rank == 0 || !op.infer(inputs, &output, from)) return nullptr;
+  const CpuOp::InferShape infer = index == 0 ? op.infer : op.infer_more[index - 1];
+  if (!infer(inputs, &output, from)) return nullptr;
   const char* names[kMaxRank] = {};
   for (int64_t d = 0; d < output.rank; ++d) {
     names[d] = output.dims[d] < 0 ? first_names[from[d]] : "";
     // ONNX Runtime would write a dim with neither value nor name into the graph as the number -1.
     if (output.dims[d] < 0 && (names[d] == nullptr || names[d][0] == '\0')) return nullptr;
   }
-  return SetOutput(op.api, context, output, names);
+  return SetOutput(op.api, context, index, output, names);
+}
+
+OrtStatus* InferOutputShapes(const CpuOp& op, OrtShapeInferContext* context) {
+  std::vector<Shape> inputs(op.inputs.size());
+  const char* first_names[kMaxRank] = {};
+  const char* ignored[kMaxRank] = {};
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    ATTN_DEPLOY_RETURN_IF_ERROR(ReadShape(op.api, context, i, &inputs[i], i == 0 ? first_names : ignored));
+  }
+  if (inputs.empty() || inputs[0].rank == 0) return nullptr;
+  for (size_t index = 0; index <= op.infer_more.size(); ++index) {
+    ATTN_DEPLOY_RETURN_IF_ERROR(InferOutputShape(op, context, inputs, first_names, index));
+  }
+  return nullptr;
 }
 
 }  // namespace
 
 CpuOp::CpuOp(const OrtApi& api_, std::string name_, std::vector<Operand> inputs_, MakeKernel make_, InferShape infer_,
-             const void* form_)
+             const void* form_, std::vector<InferShape> infer_more_)
     : OrtCustomOp(FloatCpuOperator()),
       api(api_),
       name(std::move(name_)),
       inputs(std::move(inputs_)),
       make(make_),
       infer(infer_),
+      infer_more(std::move(infer_more_)),
       form(form_) {
   GetName = [](const OrtCustomOp* o) { return AsCpuOp(o).name.c_str(); };
   GetInputType = [](const OrtCustomOp* o, size_t i) { return OnnxType(AsCpuOp(o).inputs[i].type); };
   GetInputTypeCount = [](const OrtCustomOp* o) { return AsCpuOp(o).inputs.size(); };
+  GetOutputTypeCount = [](const OrtCustomOp* o) { return 1 + AsCpuOp(o).infer_more.size(); };
   CreateKernelV2 = CreateKernelOfNode;
   KernelComputeV2 = [](void* k, OrtKernelContext* context) {
     const auto& kernel = *static_cast<const Kernel*>(k);
@@ -109,7 +121,7 @@ CpuOp::CpuOp(const OrtApi& api_, std::string name_, std::vector<Operand> inputs_
   KernelDestroy = [](void* k) { delete static_cast<Kernel*>(k); };
   if (infer != nullptr) {
     InferOutputShapeFn = [](const OrtCustomOp* o, OrtShapeInferContext* context) {
-      return CatchAll(AsCpuOp(o).api, [&] { return InferOutputShape(AsCpuOp(o), context); });
+      return CatchAll(AsCpuOp(o).api, [&] { return InferOutputShapes(AsCpuOp(o), context); });
     };
   }
 }

@@ -54,15 +54,17 @@ struct CpuOp : ort::OrtCustomOp {
   // -1 too: an output's dim that is -1 takes the name of dim `from[d]` of input 0.
   using InferShape = bool (*)(const std::vector<Shape>& inputs, Shape* output, int (&from)[kMaxRank]);
 
+  // `infer_more`: for each output beyond the first, its shape.
   CpuOp(const ort::OrtApi& api, std::string name, std::vector<Operand> inputs, MakeKernel make, InferShape infer,
-        const void* form = nullptr);
+        const void* form = nullptr, std::vector<InferShape> infer_more = {});
   virtual ~CpuOp() = default;
 
   const ort::OrtApi& api;
   const std::string name;
   const std::vector<Operand> inputs;
   const MakeKernel make;
-  const InferShape infer;  // may be null
+  const InferShape infer;  // may be null, those of further outputs not
+  const std::vector<InferShape> infer_more;
   const void* const form;
 };
 
@@ -79,7 +81,8 @@ ort::OrtStatus* GetConstant(const ort::OrtApi& api, const ort::OrtKernelInfo* in
 
 // Runs body(block) for every block in [0, blocks), on ONNX Runtime's pool; each thread claims the next block when it is
 // done with one, so that a thread that another process slows down delays nobody. Denormals are flushed to zero inside.
-// `body` is called by several threads at once and must not throw. One block runs in the calling thread.
+// `body` is called by several threads at once; what it throws (memory that is not there) becomes an error once all have
+// ended. One block runs in the calling thread.
 template <typename Body>
 ort::OrtStatus* ParallelBlocks(const ort::OrtApi& api, const ort::OrtKernelContext* context, int64_t blocks,
                                const Body& body) {
@@ -91,6 +94,7 @@ ort::OrtStatus* ParallelBlocks(const ort::OrtApi& api, const ort::OrtKernelConte
   }
   struct Shared {
     std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
     int64_t blocks = 0;
     const Body* body = nullptr;
   } shared;
@@ -99,17 +103,22 @@ ort::OrtStatus* ParallelBlocks(const ort::OrtApi& api, const ort::OrtKernelConte
   // ONNX Runtime gives each thread a contiguous run of units; the first unit of a thread claims until nothing is left.
   constexpr int64_t kMaxThreads = 256;
   const auto units = static_cast<size_t>(blocks < kMaxThreads ? blocks : kMaxThreads);
-  return api.KernelContext_ParallelFor(
+  ATTN_DEPLOY_RETURN_IF_ERROR(api.KernelContext_ParallelFor(
       context,
       [](void* user_data, size_t) {
         auto& work = *static_cast<Shared*>(user_data);
         const FlushDenormals flush;
         for (int64_t block = work.next.fetch_add(1, std::memory_order_relaxed); block < work.blocks;
              block = work.next.fetch_add(1, std::memory_order_relaxed)) {
-          (*work.body)(block);
+          try {
+            (*work.body)(block);
+          } catch (...) {
+            work.failed = true;
+          }
         }
       },
-      units, 0, &shared);
+      units, 0, &shared));
+  return shared.failed ? api.CreateStatus(ort::ORT_FAIL, "attn_deploy: out of memory in a kernel") : nullptr;
 }
 
 }  // namespace attn_deploy::native

@@ -5,6 +5,15 @@
 
 namespace attn_deploy::native {
 
+void AppendAttention(const ort::OrtApi& api, Operators* operators);
+void AppendAttentionBlock(const ort::OrtApi& api, Operators* operators);
+void AppendPackedAttention(const ort::OrtApi& api, Operators* operators);
+void AppendBlocked(const ort::OrtApi& api, Operators* operators);
+void AppendChannelPool(const ort::OrtApi& api, Operators* operators);
+void AppendExcite(const ort::OrtApi& api, Operators* operators);
+void AppendSpatialPool(const ort::OrtApi& api, Operators* operators);
+void AppendFeedForward(const ort::OrtApi& api, Operators* operators);
+void AppendLinear(const ort::OrtApi& api, Operators* operators);
 void AppendGate(const ort::OrtApi& api, Operators* operators);
 
 }  // namespace attn_deploy::native

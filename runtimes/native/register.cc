@@ -16,7 +16,16 @@ using namespace ort;
 Operators MakeOperators(const OrtApi& api) {
   Operators operators;
   if (ActiveIsa() == Isa::kNone) return operators;
+  AppendAttention(api, &operators);
+  AppendAttentionBlock(api, &operators);
+  AppendPackedAttention(api, &operators);
+  AppendFeedForward(api, &operators);
+  AppendLinear(api, &operators);
   AppendGate(api, &operators);
+  AppendChannelPool(api, &operators);
+  AppendSpatialPool(api, &operators);
+  AppendBlocked(api, &operators);
+  AppendExcite(api, &operators);
   return operators;
 }
 

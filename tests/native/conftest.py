@@ -1,12 +1,13 @@
-"""The native library, built once with warnings as errors, and one-node models that use it."""
+"""The native library and kernel_runner, built once with warnings as errors, and one-node models that use them."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-import shutil
-import subprocess
+import platform
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,61 +20,105 @@ import pytest
 from attn_deploy.ops import DOMAIN, FORMS, VERSION
 from attn_deploy.runtimes import native
 
-SOURCE = Path(__file__).parents[2] / "runtimes" / "native"
+sys.path.insert(0, str(Path(__file__).parent))  # for native_build and kernel_runner, here and in tests
 
-TOOL_PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-"""The environment's own cmake and ninja count, activated or not."""
+import native_build
+from kernel_runner import KernelRunner
+
+RUNNER_VARIABLE = "ATTN_DEPLOY_KERNEL_RUNNER"
+"""The command of a kernel_runner built otherwise (sanitizers, another processor under an emulator); only the tests of
+kernels run then."""
+
+ISAS_VARIABLE = "ATTN_DEPLOY_KERNEL_ISAS"
+"""The instruction sets of that runner, separated by commas [default: those of this machine's architecture]."""
+
+LIBRARY_VARIABLE = "ATTN_DEPLOY_TEST_LIBRARY"
+"""A library built otherwise."""
+
+ISAS_OF_THIS_MACHINE = "neon" if platform.machine() in ("aarch64", "arm64") else "avx2,avx512"
 
 Dims = list[str | int | None]
-Feeds = dict[str, np.ndarray]
+Feeds = Mapping[str, np.ndarray]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get(RUNNER_VARIABLE):
+        others = [item for item in items if "kernel_runner" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
 
 
 @pytest.fixture(scope="session")
 def source() -> Path:
-    return SOURCE
+    return native_build.SOURCE
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def library() -> Path:
     """The library of this source tree; the installed one where nothing can be built."""
-    if all(shutil.which(tool, path=TOOL_PATH) for tool in ("cmake", "c++")):
-        return _build(tmp_path_factory.mktemp("native_build"))
+    if os.environ.get(LIBRARY_VARIABLE):
+        return Path(os.environ[LIBRARY_VARIABLE])
+    if native_build.can_build():
+        return native_build.library_in(native_build.build("release"))
     installed = native.library_path()
     if installed is None:
         pytest.skip("no native library is installed, and no cmake and c++ to build it")
     return installed
 
 
-def _build(folder: Path) -> Path:
-    generator = ["-G", "Ninja"] if shutil.which("ninja", path=TOOL_PATH) else []
-    for command in (
-        ["cmake", "-S", str(SOURCE), "-B", str(folder), *generator, "-DATTN_DEPLOY_STRICT=ON"],
-        ["cmake", "--build", str(folder), "--config", "Release"],
-    ):
-        environment = {**os.environ, "PATH": TOOL_PATH}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
-    return next(folder.rglob("libattn_deploy_native.*"))
+@pytest.fixture(scope="session", params=os.environ.get(ISAS_VARIABLE, ISAS_OF_THIS_MACHINE).split(","))
+def kernel_runner(request: pytest.FixtureRequest) -> KernelRunner:
+    """Runs kernels on arrays, once with each instruction set that was compiled."""
+    command = tuple(shlex.split(os.environ.get(RUNNER_VARIABLE, "")))
+    if not command:
+        if not native_build.can_build():
+            pytest.skip("no cmake and c++ to build kernel_runner")
+        command = (str(native_build.runner_in(native_build.build("release"))),)
+    runner = KernelRunner(command, request.param)
+    if not runner.available():
+        pytest.skip(f"this CPU has no {runner.isa}")
+    return runner
+
+
+def one_node_model(
+    form_name: str,
+    *,
+    node_name: str = "block/node",
+    attributes: Mapping[str, float | int] | None = None,
+    constants: Feeds | None = None,
+    shapes: Mapping[str, Dims | None] | None = None,
+    dtype: str = "FLOAT",
+    with_body: bool = True,
+) -> bytes:
+    """One node of a form, its function body beside it. `constants`: the inputs that are initializers, as weights are.
+    Inputs have no shape in the graph unless `shapes` gives one; those that are float32 in the form are of `dtype`."""
+    form = FORMS[form_name]
+    constants, shapes = constants or {}, shapes or {}
+    element_types = {"float32": onnx.TensorProto.DataType.Value(dtype), "int64": onnx.TensorProto.INT64,
+                     "bool": onnx.TensorProto.BOOL}  # fmt: skip
+    inputs = [
+        onnx.helper.make_tensor_value_info(i.name, element_types[i.dtype], shapes.get(i.name))
+        for i in form.inputs
+        if i.name not in constants
+    ]
+    outputs = [onnx.helper.make_tensor_value_info(name, element_types["float32"], None) for name in form.outputs]
+    node = onnx.helper.make_node(
+        form_name, [i.name for i in form.inputs], form.outputs, domain=DOMAIN, name=node_name, **(attributes or {})
+    )
+    initializers = [onnx.numpy_helper.from_array(np.ascontiguousarray(v), name) for name, v in constants.items()]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "one_node", inputs, outputs, initializers),
+        functions=[onnx.parser.parse_function(form.function_text())] if with_body else [],
+        opset_imports=[onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid(DOMAIN, VERSION)],
+        ir_version=10,
+    )
+    return bytes(model.SerializeToString())
 
 
 def gate_model(
     form: str, *, node_name: str = "block/gate", with_body: bool = True, dtype: str = "FLOAT", x: Dims | None = None
 ) -> bytes:
-    """One node of this form; its function body beside it. Inputs have no shape in the graph unless `x` gives one."""
-    schema = FORMS[form]
-    element_type = onnx.TensorProto.DataType.Value(dtype)
-    inputs = [
-        onnx.helper.make_tensor_value_info(i.name, element_type, x if i.name == "x" else None) for i in schema.inputs
-    ]
-    output = onnx.helper.make_tensor_value_info("output", element_type, None)
-    node = onnx.helper.make_node(form, [i.name for i in schema.inputs], ["output"], domain=DOMAIN, name=node_name)
-    model = onnx.helper.make_model(
-        onnx.helper.make_graph([node], "one_gate", inputs, [output]),
-        functions=[onnx.parser.parse_function(schema.function_text())] if with_body else [],
-        opset_imports=[onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid(DOMAIN, VERSION)],
-        ir_version=10,
-    )
-    return bytes(model.SerializeToString())
+    return one_node_model(form, node_name=node_name, with_body=with_body, dtype=dtype, shapes={"x": x})
 
 
 def open_session(
@@ -91,24 +136,45 @@ def open_session(
 
 
 @dataclass
-class GateRunner:
-    """Runs a form's kernel; keeps its sessions, since opening one costs more than most cases here."""
+class FormRunner:
+    """Runs a form's kernel in ONNX Runtime; keeps its sessions, since opening one costs more than most cases here."""
 
     library: Path
-    sessions: dict[tuple[str, int], onnxruntime.InferenceSession] = field(default_factory=dict)
+    sessions: dict[tuple[object, ...], onnxruntime.InferenceSession] = field(default_factory=dict)
 
-    def __call__(self, form: str, feeds: Feeds, threads: int = 1) -> np.ndarray:
-        key = (form, threads)
+    def __call__(
+        self,
+        form: str,
+        feeds: Feeds,
+        *,
+        threads: int = 1,
+        attributes: Mapping[str, float | int] | None = None,
+        constants: Feeds | None = None,
+    ) -> list[np.ndarray]:
+        """The form's outputs; without the library's kernel the model does not load."""
+        attributes, constants = attributes or {}, constants or {}
+        weights = ((name, v.shape, v.dtype, hashlib.sha256(v.tobytes()).digest()) for name, v in constants.items())
+        key = (form, threads, *attributes.items(), *weights)
         if key not in self.sessions:
-            model = gate_model(form, with_body=False)
+            model = one_node_model(form, attributes=attributes, constants=constants, with_body=False)
             self.sessions[key] = open_session(model, library=self.library, threads=threads)
-        output: np.ndarray = self.sessions[key].run(None, feeds)[0]
-        return output
+        outputs: list[np.ndarray] = self.sessions[key].run(None, dict(feeds))
+        return outputs
 
 
 @pytest.fixture(scope="session")
-def run_gate(library: Path) -> GateRunner:
-    return GateRunner(library)
+def run_form(library: Path) -> FormRunner:
+    return FormRunner(library)
+
+
+@pytest.fixture(scope="session")
+def run_gate(run_form: FormRunner) -> Callable[..., np.ndarray]:
+    return lambda form, feeds, threads=1: run_form(form, feeds, threads=threads)[0]
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., bytes]:
+    return one_node_model
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,10 @@
 """Runs kernels of the native library on arrays, without ONNX Runtime: on every instruction set, under sanitizers, and
 for other processors under an emulator.
 
-A file of cases holds, one after another: the kernel's name, int64 numbers, float64 numbers, arrays. A list is its uint32
-length and its elements. An array is its uint32 ONNX type, the uint32 number of elements by which it is misaligned, its
-list of int64 dims and its data. Results are, for each case, the uint32 number of arrays and these: type, rank, dims,
-data. All little-endian.
+A file of cases holds, one after another: the kernel's name, int64 numbers, float64 numbers, arrays. A list is its
+uint32 length and its elements. An array is its uint32 ONNX type, the uint32 number of elements by which it is
+misaligned, its list of int64 dims and its data. Results are, for each case, the uint32 number of arrays and these:
+type, rank, dims, data. All little-endian.
 """
 
 from __future__ import annotations

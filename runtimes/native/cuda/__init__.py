@@ -33,7 +33,7 @@ MAX_HEAD_DIM = 128
 
 FILE_NAME = "libattn_deploy_cuda.so"
 _HERE = Path(__file__).resolve().parent
-_SHARED_SOURCES = ("gate.cc", "ort_adapter.cc", "registration.cc")
+_SHARED_SOURCES = ("gate_plan.cc", "ort_adapter.cc", "registration.cc")
 """Of the folder above: what both libraries are made of."""
 
 

@@ -3,7 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
-#include "../gate.h"
+#include "../activation.h"
+#include "../gate_plan.h"
 #include "element.h"
 
 namespace attn_deploy::cuda {

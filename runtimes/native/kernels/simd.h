@@ -23,6 +23,13 @@
 
 #define ATTN_DEPLOY_INLINE static inline __attribute__((always_inline))
 
+// Before a loop over registers, which -O2 alone would leave a loop over memory.
+#if defined(__clang__)
+#define ATTN_DEPLOY_UNROLL _Pragma("unroll")
+#else
+#define ATTN_DEPLOY_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace attn_deploy::native::ATTN_DEPLOY_ISA {
 
 #if defined(__AVX512F__)
@@ -41,6 +48,10 @@ ATTN_DEPLOY_INLINE Vec LoadPartial(const float* p, int64_t count) {
 }
 ATTN_DEPLOY_INLINE void StorePartial(float* p, Vec v, int64_t count) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
+}
+// v with 0 in all lanes but the first `count`.
+ATTN_DEPLOY_INLINE Vec FirstLanes(Vec v, int64_t count) {
+  return _mm512_maskz_mov_ps(static_cast<__mmask16>((1u << count) - 1), v);
 }
 // a * b + c, and c - a * b, with one rounding.
 ATTN_DEPLOY_INLINE Vec Fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -61,6 +72,10 @@ ATTN_DEPLOY_INLINE Vec RoundToNearest(Vec v) {
 ATTN_DEPLOY_INLINE Vec IfLess(Vec a, Vec b, Vec yes, Vec no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
 }
+// The larger; NaN where one is NaN.
+ATTN_DEPLOY_INLINE Vec MaxOrNan(Vec a, Vec b) {
+  return _mm512_mask_mov_ps(_mm512_max_ps(b, a), _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q), b);
+}
 
 #elif defined(__AVX2__)
 
@@ -78,6 +93,9 @@ ATTN_DEPLOY_INLINE Vec Load(const float* p) { return _mm256_loadu_ps(p); }
 ATTN_DEPLOY_INLINE void Store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 ATTN_DEPLOY_INLINE Vec LoadPartial(const float* p, int64_t count) { return _mm256_maskload_ps(p, LaneMask(count)); }
 ATTN_DEPLOY_INLINE void StorePartial(float* p, Vec v, int64_t count) { _mm256_maskstore_ps(p, LaneMask(count), v); }
+ATTN_DEPLOY_INLINE Vec FirstLanes(Vec v, int64_t count) {
+  return _mm256_and_ps(v, _mm256_castsi256_ps(LaneMask(count)));
+}
 ATTN_DEPLOY_INLINE Vec Fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 ATTN_DEPLOY_INLINE Vec NegFma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
 ATTN_DEPLOY_INLINE Vec Max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
@@ -105,6 +123,9 @@ ATTN_DEPLOY_INLINE Vec RoundToNearest(Vec v) {
 ATTN_DEPLOY_INLINE Vec IfLess(Vec a, Vec b, Vec yes, Vec no) {
   return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
+ATTN_DEPLOY_INLINE Vec MaxOrNan(Vec a, Vec b) {
+  return _mm256_blendv_ps(_mm256_max_ps(b, a), b, _mm256_cmp_ps(b, b, _CMP_UNORD_Q));
+}
 
 #else
 
@@ -126,6 +147,11 @@ ATTN_DEPLOY_INLINE void StorePartial(float* p, Vec v, int64_t count) {
   vst1q_f32(lanes, v);
   for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
+ATTN_DEPLOY_INLINE Vec FirstLanes(Vec v, int64_t count) {
+  float lanes[4];
+  vst1q_f32(lanes, v);
+  return LoadPartial(lanes, count);
+}
 ATTN_DEPLOY_INLINE Vec Fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
 ATTN_DEPLOY_INLINE Vec NegFma(Vec a, Vec b, Vec c) { return vfmsq_f32(c, a, b); }
 // Written out, since NEON's own give NaN where one operand is NaN and x86's give the second operand.
@@ -141,6 +167,7 @@ ATTN_DEPLOY_INLINE Vec ScaleByPowerOfTwo(Vec v, Vec power) {
 }
 ATTN_DEPLOY_INLINE Vec RoundToNearest(Vec v) { return vrndnq_f32(v); }
 ATTN_DEPLOY_INLINE Vec IfLess(Vec a, Vec b, Vec yes, Vec no) { return vbslq_f32(vcltq_f32(a, b), yes, no); }
+ATTN_DEPLOY_INLINE Vec MaxOrNan(Vec a, Vec b) { return vmaxq_f32(a, b); }
 
 #endif
 

@@ -5,11 +5,12 @@
 
 namespace attn_deploy::native::ATTN_DEPLOY_ISA {
 
-// exp(v), relative error below 2 units in the last place for v in [-87.3, 88.3]. Below, 0 or the smallest normal
-// number; above, about 2.6e38. -infinity gives at most 1.2e-38. NaN is clamped too: callers that keep NaN add it.
+// exp(v), relative error below 2 units in the last place for v in [-87.3, 88.3]. Below -87.7, -infinity included, 0
+// where subnormals are flushed; above 88.3, about 2.6e38. NaN gives NaN.
 ATTN_DEPLOY_INLINE Vec Exp(Vec v) {
-  // v = n * ln(2) + r with |r| <= ln(2) / 2; ln(2) in two parts, so that n times the first is exact.
-  v = Min(Max(v, Broadcast(-87.3365f)), Broadcast(88.3762f));
+  // v = n * ln(2) + r with |r| <= ln(2) / 2; ln(2) in two parts, so that n times the first is exact. The lower bound
+  // gives n = -127, which makes the power 0. NaN is the second operand, which Max and Min return.
+  v = Min(Broadcast(88.3762f), Max(Broadcast(-88.0f), v));
   const Vec n = RoundToNearest(v * Broadcast(1.44269504f));
   Vec r = NegFma(n, Broadcast(0.693359375f), v);
   r = NegFma(n, Broadcast(-2.12194440e-4f), r);
@@ -21,6 +22,64 @@ ATTN_DEPLOY_INLINE Vec Exp(Vec v) {
   q = Fma(q, r, Broadcast(4.9999993e-1f));
   const Vec exp_r = Fma(r * r, q, r) + Broadcast(1.0f);
   return ScaleByPowerOfTwo(exp_r, n);
+}
+
+// 1 / (1 + exp(-v)). NaN gives NaN.
+ATTN_DEPLOY_INLINE Vec Sigmoid(Vec v) { return Broadcast(1.0f) / (Broadcast(1.0f) + Exp(Zero() - v)); }
+
+// v * Sigmoid(v); -infinity gives a number near 0, its limit. NaN gives NaN.
+ATTN_DEPLOY_INLINE Vec Silu(Vec v) {
+  v = Max(Broadcast(-100.0f), v);
+  return v / (Broadcast(1.0f) + Exp(Zero() - v));
+}
+
+// max(0, min(1, v / 6 + 1/2)), as torch.nn.Hardsigmoid has it. NaN gives NaN.
+ATTN_DEPLOY_INLINE Vec HardSigmoid(Vec v) {
+  return Min(Broadcast(1.0f), Max(Zero(), Fma(v, Broadcast(1.0f / 6.0f), Broadcast(0.5f))));
+}
+
+// 2^v for v in [-126, 126], relative error below 2e-7. NaN gives NaN.
+ATTN_DEPLOY_INLINE Vec Exp2(Vec v) {
+  // The minimax fit of the relative error on [-1/2, 1/2] (9.1e-8), exact at 0.
+  const Vec n = RoundToNearest(v);
+  const Vec r = v - n;
+  Vec q = Broadcast(1.32647271e-3f);
+  q = Fma(q, r, Broadcast(9.67151264e-3f));
+  q = Fma(q, r, Broadcast(5.55073374e-2f));
+  q = Fma(q, r, Broadcast(2.40222421e-1f));
+  q = Fma(q, r, Broadcast(6.93146978e-1f));
+  q = Fma(q, r, Broadcast(1.0f));
+  return ScaleByPowerOfTwo(q, n);
+}
+
+// GELU and its tanh approximation (Hendrycks and Gimpel 2016, section 2), errors below 3e-7 * max(|v|, 1). Both are
+// v * P(v) with P(v) + P(-v) = 1, so max(v, 0) - |v| * P(-|v|). log2(P(-a)) is smooth: a short polynomial in a, with
+// weight on where |v| * P counts, is exact enough, and no branch, division or cancellation is left. -infinity gives
+// a number near 0, its limit. NaN gives NaN.
+ATTN_DEPLOY_INLINE Vec Gelu(Vec v) {
+  const Vec a = Min(Broadcast(13.0f), Abs(v));  // 13 * P(-13) is 2^-120
+  Vec log = Broadcast(2.52277538e-5f);
+  log = Fma(log, a, Broadcast(-7.04499859e-4f));
+  log = Fma(log, a, Broadcast(7.88055049e-3f));
+  log = Fma(log, a, Broadcast(-5.31192926e-2f));
+  log = Fma(log, a, Broadcast(-4.5897975e-1f));
+  log = Fma(log, a, Broadcast(-1.15113525f));
+  log = Fma(log, a, Broadcast(-1.0f));
+  return NegFma(a, Exp2(log), Max(Zero(), v));
+}
+
+ATTN_DEPLOY_INLINE Vec GeluTanh(Vec v) {
+  const Vec a = Min(Broadcast(8.0f), Abs(v));  // 8 * P(-8) is 2^-68
+  Vec log = Broadcast(-1.9460349e-5f);
+  log = Fma(log, a, Broadcast(3.44341949e-4f));
+  log = Fma(log, a, Broadcast(-1.92460691e-3f));
+  log = Fma(log, a, Broadcast(2.38594804e-3f));
+  log = Fma(log, a, Broadcast(5.80955369e-3f));
+  log = Fma(log, a, Broadcast(-5.09042725e-2f));
+  log = Fma(log, a, Broadcast(-4.59206024e-1f));
+  log = Fma(log, a, Broadcast(-1.15113111f));
+  log = Fma(log, a, Broadcast(-1.0f));
+  return NegFma(a, Exp2(log), Max(Zero(), v));
 }
 
 }  // namespace attn_deploy::native::ATTN_DEPLOY_ISA

@@ -47,7 +47,7 @@ def compile_emulated(name: str, *options: str, extra: Sequence[Path] = (), progr
         pytest.skip("no g++ or clang++ to compile the emulation")
     defines = ["EMULATION", "PROVIDER=emulation::Provider()", 'VERSION="0"', 'CUDA_ARCHITECTURES="emulated"']
     adapter = [*sorted(CUDA.glob("*.cc")), NATIVE / "ort_adapter.cc", NATIVE / "registration.cc"]
-    sources = [EMULATION / "simulator.cc", EMULATION / "runtime.cc", NATIVE / "gate.cc", *extra]
+    sources = [EMULATION / "simulator.cc", EMULATION / "runtime.cc", NATIVE / "gate_plan.cc", *extra]
     sources += [] if program else adapter
     command = [
         compiler, "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *options,
