@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from attn_deploy.parity import SiteCase
-from attn_deploy.receipt import BlockLoss
+from attn_deploy.receipt import BlockLoss, Tuning
 from attn_deploy.target import Precision, Target
 
 
@@ -27,4 +27,5 @@ class Built:
     options: dict[str, str] = field(default_factory=dict)
     """What the session must be opened with: lowering counts on it."""
     blocks: tuple[BlockLoss, ...] = ()
+    tuning: Tuning | None = None
     site_cases: Callable[[], Iterator[SiteCase]] | None = None

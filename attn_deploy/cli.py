@@ -110,6 +110,14 @@ def export(
         str | None, typer.Option(metavar="N|all", help="Least number of attention sites that run as one kernel.")
     ] = None,
     max_latency_ms: Annotated[float | None, typer.Option(min=0.0)] = None,
+    tune: Annotated[
+        bool | None,
+        typer.Option(
+            "--tune/--no-tune",
+            help="Measure each part of the model on this CPU at every level of fusion and keep the fastest "
+            "[default: where there is something to win].",
+        ),
+    ] = None,
     allow_unproven: Annotated[
         bool, typer.Option("--allow-unproven", help="Write targets that cannot run here, as not run.")
     ] = False,
@@ -140,6 +148,7 @@ def export(
         seed=seed,
         budget=Budget(min_agreement, max_drop, min_sqnr),
         keep_best=keep_best,
+        tune=tune,
         require_fused=fused_sites(require_fused),
         max_latency_ms=max_latency_ms,
         allow_unproven=allow_unproven,
@@ -241,7 +250,11 @@ def validate(
 def bench(
     items: Annotated[list[str], typer.Argument(metavar="BUNDLE|SOURCE...")],
     against: Annotated[
-        str, typer.Option(help="Of eager,compile,onnxruntime, on a CPU openvino, on a GPU tensorrt; none.")
+        str,
+        typer.Option(
+            help="Of eager,compile,onnxruntime; on a CPU openvino and onnxruntime- with no-spinning, flushed, "
+            "transformers or onnxscript; on a GPU tensorrt; none."
+        ),
     ] = "eager,onnxruntime",
     target: Annotated[str | None, typer.Option(help="Which variant, and where a source's peers run.")] = None,
     precision: Annotated[str, typer.Option(help="Of a source's peers on a GPU.")] = "fp32",
@@ -273,6 +286,28 @@ def bench(
         print_json(result)
         return
     Console().print(benchmark_tables(result))
+
+
+@app.command()
+def tune(
+    bundle: Annotated[Path, typer.Argument()],
+    target: Annotated[str | None, typer.Option(help="onnxruntime-cpu: no other has levels to choose.")] = None,
+    seconds: Annotated[float, typer.Option(min=1.0, help="For all measuring of a graph.")] = 40.0,
+    graph: GraphName = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Measure the parts of a bundle's model at every level of fusion on this host, and keep the fastest in it."""
+    from attn_deploy.retuning import retune
+
+    with progress_on(_err()) as progress:
+        result = retune(bundle, target=target, threads=threads, seconds=seconds, graph=graph, progress=progress)
+    if json:
+        print_json(result)
+        return
+    from attn_deploy.report.listings import retuning_tables
+
+    Console().print(retuning_tables(result))
 
 
 @app.command()

@@ -48,9 +48,9 @@ def diagnose() -> Diagnosis:
     gpus = nvidia_gpus()
     checks = [target_check(target, runtimes.availability(target), gpus) for target in Target]
     checks.append(Check("NVIDIA GPU", True if gpus else None, gpus.describe() if gpus else "none on this host"))
-    checks.append(_kernels("native kernels", native.status(), "function bodies"))
+    checks.append(kernels_check("native kernels", native.status(), "function bodies"))
     if gpus is not None:
-        checks.append(_kernels("CUDA kernels", cuda.status(), "stock operators"))
+        checks.append(kernels_check("CUDA kernels", cuda.status(), "stock operators"))
     conflict = environment.runtime_conflict()
     if conflict is not None:
         checks.append(Check("one flavour of onnxruntime", False, conflict))
@@ -100,10 +100,14 @@ def _with_command(reason: str) -> tuple[str, str]:
     return (found.group(1), found.group(2)) if found and not command else (why, command)
 
 
-def _kernels(name: str, status: NativeStatus, otherwise: str) -> Check:
+def kernels_check(name: str, status: NativeStatus, otherwise: str) -> Check:
+    """`otherwise`: what runs where there are none."""
     if status.available:
-        return Check(name, True, f"{len(status.operators)} operators, version {status.version}, {status.path}")
+        isa = f" with {status.instruction_set}" if status.instruction_set else ""
+        return Check(name, True, f"{len(status.operators)} operators{isa}, version {status.version}, {status.path}")
     reason, _, command = (status.reason or "not there").partition("; next: ")
+    if status.fault:
+        return Check(name, False, reason, command)
     return Check(name, None, f"{reason}: {otherwise} run instead", command or None)
 
 

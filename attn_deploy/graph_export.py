@@ -27,14 +27,17 @@ from attn_deploy.proving import Proof
 from attn_deploy.receipt import MAIN, SCHEMA_VERSION, CandidateEntry, DataEntry, Receipt
 from attn_deploy.session import BATCH, Array
 from attn_deploy.target import Precision, Target
+from attn_deploy.tuning import MIN_CALL_MS, SECONDS, Tuned, is_tuned, tune, tuned_levels
 
 if TYPE_CHECKING:
+    from attn_deploy.export.canonical import CanonicalModel
     from attn_deploy.export.capture import CapturedModel
+    from attn_deploy.export.lower.lowered import Conditions as LoweringConditions
     from attn_deploy.export.rewrite import RewrittenModel
     from attn_deploy.export.sources import LoadedSource
-    from attn_deploy.export.to_onnx import CanonicalModel
 
 DATA_BATCH = 8
+TUNING_BUDGET_S = SECONDS
 
 
 class GraphExport:
@@ -100,20 +103,22 @@ class GraphExport:
     ) -> tuple[list[Proof], list[CandidateEntry]]:
         """Lowers every candidate to a file and opens it; those of targets that cannot run here are only written."""
         from attn_deploy.export.build import build_candidates, save_sources
+        from attn_deploy.export.candidates import Means
 
-        self.progress.stage("candidates")
+        options = self.options
         folder = self._folder(root)
         folder.mkdir(exist_ok=True)
         save_sources(canonical, folder)
-        calibration = self._calibration(rewritten.captured)
-        options = self.options
+        tuned = self._tune(rewritten.captured, canonical, unavailable)
+        conditions = {target: self._conditions(target, tuned) for target in options.targets}
+        self.progress.stage("candidates")
+        means = Means(self._calibration(rewritten.captured), _open_model, options.exclude)
         extra = {t: runtimes.variant_options(t, canonical.dims, options.runtime_options) for t in options.targets}
-        kernels = {target: runtimes.kernel_names(target) for target in options.targets}
         proofs, not_run = [], []
-        for candidate in build_candidates(
-            rewritten, canonical, folder, self.options, calibration, _open_model, kernels, self.progress
-        ):
+        for candidate in build_candidates(rewritten, canonical, folder, options, means, conditions, self.progress):
             candidate = replace(candidate, options={**extra[candidate.target], **candidate.options})
+            if tuned is not None and is_tuned(candidate, tuned):
+                candidate = replace(candidate, tuning=tuned.entry())
             if candidate.target in unavailable:
                 self.not_run.append(candidate)
                 not_run.append(_not_run(candidate, unavailable[candidate.target]))
@@ -121,6 +126,29 @@ class GraphExport:
             with runtimes.progress_of(candidate.target, self.progress):
                 proofs.append(proving.opened(candidate, self.threads, canonical.inputs, canonical.outputs))
         return proofs, not_run
+
+    def _tune(
+        self, captured: CapturedModel, canonical: CanonicalModel, unavailable: Mapping[Target, str]
+    ) -> Tuned | None:
+        """The fastest level of each unit on the CPU; None where that is no target here, or not worth it."""
+        from attn_deploy.export.levelled import LevelledModel
+        from attn_deploy.export.lower import pairs
+
+        options, cpu = self.options, Target.ONNXRUNTIME_CPU
+        asked = (cpu, Precision.FP32) in pairs(options) and cpu not in unavailable
+        if not asked or options.tune is False:
+            return None
+        model = LevelledModel(canonical, frozenset(runtimes.kernel_names(cpu)))
+        return tune(
+            model, self._single(captured), threads=self.threads, seconds=TUNING_BUDGET_S, progress=self.progress,
+            min_call_ms=0.0 if options.tune else MIN_CALL_MS,
+        )  # fmt: skip
+
+    def _conditions(self, target: Target, tuned: Tuned | None) -> LoweringConditions:
+        from attn_deploy.export.lower.lowered import Conditions
+
+        found = {} if tuned is None or target is not Target.ONNXRUNTIME_CPU else tuned_levels(tuned)
+        return Conditions(frozenset(runtimes.kernel_names(target)), self.options.tensorrt_version, found)
 
     def _folder(self, root: Path) -> Path:
         return root / graph_file(self.name, "")

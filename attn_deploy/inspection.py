@@ -21,7 +21,7 @@ from attn_deploy.intent import intent_of, site_entries
 from attn_deploy.manifest import graph_file
 from attn_deploy.preprocess import load_image
 from attn_deploy.readback import dtype_shares, site_runs
-from attn_deploy.receipt import MAIN, Intent, Receipt, SiteEntry, SiteRun
+from attn_deploy.receipt import MAIN, Intent, Receipt, SiteEntry, SiteRun, Tuning
 from attn_deploy.resolutions import about, require_one_resolution
 from attn_deploy.session import DimBounds, TensorSpec
 from attn_deploy.target import Target
@@ -46,6 +46,8 @@ class VariantInspection(msgspec.Struct, frozen=True):
     """What runs a site -> how many sites, read back."""
     one_kernel: int = 0
     """Sites that run as one kernel."""
+    tuning: Tuning | None = None
+    """How its levels were chosen, where they were."""
 
 
 class Inspection(msgspec.Struct, frozen=True):
@@ -125,6 +127,7 @@ def _inspect_graph(bundle: Bundle, graph_name: str, receipt: Receipt, drawing: D
                 sites=runs,
                 implementations=_count(run.implementation for run in runs),
                 one_kernel=sum(run.one_kernel for run in runs),
+                tuning=next((c.tuning for c in receipt.candidates if c.id == name), None),
             )
         )
     heatmaps: tuple[Heatmap, ...] = ()
@@ -157,11 +160,12 @@ def _inspect_source(
     drawing: Drawing | None,
 ) -> Inspection:  # fmt: skip
     require_export()
+    from attn_deploy.export.canonical import portable
     from attn_deploy.export.capture import capture
     from attn_deploy.export.recognize import recognize
     from attn_deploy.export.rewrite import rewrite
     from attn_deploy.export.sources import SourceRequest, load_source
-    from attn_deploy.export.to_onnx import portable, to_onnx
+    from attn_deploy.export.to_onnx import to_onnx
 
     source = load_source(text, SourceRequest("", weights, arguments, inputs))
     captured = capture(source, {"batch": DimBounds()})

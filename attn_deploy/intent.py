@@ -9,8 +9,8 @@ from attn_deploy.receipt import Intent, SiteEntry
 from attn_deploy.report.sites import kind_counts
 
 if TYPE_CHECKING:
+    from attn_deploy.export.canonical import CanonicalModel
     from attn_deploy.export.rewrite import RewrittenModel
-    from attn_deploy.export.to_onnx import CanonicalModel
 
 
 def site_entries(rewritten: RewrittenModel, canonical: CanonicalModel) -> tuple[SiteEntry, ...]:

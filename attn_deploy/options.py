@@ -21,7 +21,8 @@ class ExportOptions:
     """`precisions_asked` says that they were named, so that one which fails is an error and not a row of the receipt.
     A name that stands several times in `inputs` asks for several resolutions, one graph of the bundle for each.
     `targets` empty: what the host has; `targets_asked` says that they were named. `tensorrt_version`: of the TensorRT
-    that will build the engine, None for the newest known. `runtime_options`: of the sessions on a GPU."""
+    that will build the engine, None for the newest known. `runtime_options`: of the sessions on a GPU. `tune`: measure
+    each part of the model on the CPU at every level of fusion; None: where a call takes long enough for that."""
 
     source: str = "demo"
     weights: str | None = None
@@ -42,6 +43,7 @@ class ExportOptions:
     seed: int = 0
     budget: Budget = field(default_factory=Budget)
     keep_best: bool = False
+    tune: bool | None = None
     require_fused: int | All | None = None
     max_latency_ms: float | None = None
     allow_unproven: bool = False

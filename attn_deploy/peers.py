@@ -18,10 +18,24 @@ from attn_deploy.target import Precision, Target, nearest
 if TYPE_CHECKING:
     from attn_deploy.export.capture import CapturedModel
 
-PEERS = ("eager", "compile", "onnxruntime", "openvino", "tensorrt")
-"""Eager PyTorch, torch.compile, and ONNX Runtime, OpenVINO and TensorRT on what torch.onnx.export makes by itself."""
+_SETTINGS = {
+    "onnxruntime": ("plain ONNX Runtime", {}),
+    "onnxruntime-no-spinning": ("plain ONNX Runtime, no spinning", {"session.intra_op.allow_spinning": "0"}),
+    "onnxruntime-flushed": ("plain ONNX Runtime, denormals flushed", {"session.set_denormal_as_zero": "1"}),
+}
+"""Of sessions on the plain model, with the name that they are shown by. Threads that spin while they wait cost a host
+whose cores share execution units; denormals are what masks of -100 leave after exp."""
 
-ON_CPU = ("eager", "compile", "onnxruntime", "openvino")
+_FUSIONS = {
+    "onnxruntime-transformers": ("ONNX Runtime, its transformers optimizer", "transformers"),
+    "onnxruntime-onnxscript": ("ONNX Runtime, onnxscript's fusions", "onnxscript"),
+}
+
+PEERS = ("eager", "compile", *_SETTINGS, *_FUSIONS, "openvino", "tensorrt")
+"""Eager PyTorch, torch.compile, and ONNX Runtime, OpenVINO and TensorRT on what torch.onnx.export makes by itself; ONNX
+Runtime also with settings and with tools that its users are told of."""
+
+ON_CPU = tuple(name for name in PEERS if name != "tensorrt")
 ON_GPU = ("eager", "compile", "onnxruntime", "tensorrt")
 
 Resident = Callable[[str, Mapping[str, Array]], System]
@@ -64,37 +78,80 @@ def open_peers(
     device = "a GPU" if place.target.on_gpu else "the CPU"
     absent = {name: f"it does not run on {device}" for name in names if name not in allowed}
     wanted = [name for name in names if name in allowed]
-    opened = _on_gpu(stack, captured, wanted, place, absent) if place.target.on_gpu else _on_cpu(
-        stack, captured, wanted, place
-    )  # fmt: skip
+    opened = (_on_gpu if place.target.on_gpu else _on_cpu)(stack, captured, wanted, place, absent)
     return opened, absent
 
 
-def _on_cpu(stack: contextlib.ExitStack, captured: CapturedModel, names: Sequence[str], place: Place) -> list[Peer]:
+def _on_cpu(
+    stack: contextlib.ExitStack, captured: CapturedModel, names: Sequence[str], place: Place, absent: dict[str, str]
+) -> list[Peer]:
     import torch
 
     from attn_deploy.export.build import plain_model
 
     torch.set_num_threads(place.threads)
     peers = []
-    plain = None
+    plain: Path | None = None
     for name in names:
-        if name in ("onnxruntime", "openvino") and plain is None:
-            plain = stack.enter_context(plain_model(captured, place.opset))
         if name == "eager":
             peers.append(Peer("eager PyTorch", captured.reference))
-        elif name == "compile":
+            continue
+        if name == "compile":
             peers.append(Peer("torch.compile", captured.compiled_reference()))
-        elif name == "onnxruntime":
-            assert plain is not None
-            session = runtimes.open_session(Target.ONNXRUNTIME_CPU, plain, threads=place.threads)
-            peers.append(Peer("plain ONNX Runtime", session.run))
-        elif name == "openvino":
+            continue
+        if plain is None:
+            plain = stack.enter_context(plain_model(captured, place.opset))
+        if name == "openvino":
             from attn_deploy.runtimes import openvino
 
-            assert plain is not None
             peers.append(Peer("OpenVINO", openvino.open_session(plain, threads=place.threads).run))
+        elif name in _SETTINGS:
+            said, entries = _SETTINGS[name]
+            run = _session_on_cpu(plain, place.threads, entries)
+            peers.append(Peer(said, _flushing_denormals(run) if name == "onnxruntime-flushed" else run))
+        else:
+            peers += _fused(plain, name, place.threads, absent)
     return peers
+
+
+def _session_on_cpu(model: Path, threads: int, entries: Mapping[str, str]) -> Run:
+    from attn_deploy.runtimes import onnxruntime
+
+    settings = onnxruntime.cpu_settings(threads, False)
+    for key, value in entries.items():
+        settings.add_session_config_entry(key, value)
+    session = onnxruntime.create_session(model, settings)
+    names = [output.name for output in session.get_outputs()]
+    return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+
+def _flushing_denormals(run: Run) -> Run:
+    """The session's setting reaches its own threads, but that of the caller, which computes too, only when it is the
+    first session of a process; and then it would stay for everyone who is measured."""
+    import torch
+
+    def flushing(feeds: Mapping[str, Array]) -> dict[str, Array]:
+        torch.set_flush_denormal(True)
+        try:
+            return run(feeds)
+        finally:
+            torch.set_flush_denormal(False)
+
+    return flushing
+
+
+def _fused(plain: Path, name: str, threads: int, absent: dict[str, str]) -> list[Peer]:
+    from attn_deploy.export.plain_fusions import FUSIONS
+
+    said, tool = _FUSIONS[name]
+    fused = plain.with_name(f"{tool}.onnx")
+    try:
+        if FUSIONS[tool](plain, fused):
+            return [Peer(said, _session_on_cpu(fused, threads, {}))]
+        absent[name] = "it fuses nothing in this model"
+    except Exception as error:  # their tool on this model: a row that says so
+        absent[name] = f"it fails on this model: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return []
 
 
 def _on_gpu(

@@ -23,9 +23,9 @@ from attn_deploy.target import Target
 from attn_deploy.verdict import require_as_asked, require_fused
 
 if TYPE_CHECKING:
+    from attn_deploy.export.canonical import CanonicalModel
     from attn_deploy.export.rewrite import RewrittenModel
     from attn_deploy.export.sources import LoadedSource
-    from attn_deploy.export.to_onnx import CanonicalModel
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ def _check_targets(options: ExportOptions) -> dict[Target, str]:
             f"the target {target} cannot run here", got=reason, expected="a host that can prove the result",
             next_step="attn-deploy doctor; or --allow-unproven to write it without proof",
         )  # fmt: skip
+    for target in options.targets:
+        runtimes.kernel_names(target)  # an error where kernels are forced to what this CPU lacks: before any work
     return unavailable
 
 

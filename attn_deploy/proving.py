@@ -58,6 +58,10 @@ def opened(built: Built, threads: int, inputs: Sequence[TensorSpec], outputs: Se
     """A candidate with its session. One that its runtime refuses is no error yet: another lowering may do. Raises
     UnavailableError where the runtime itself is missing."""
     try:
+        reason = runtimes.prepare(built.target, built.files[0], library=built.library, options=built.options)
+        if reason is not None:
+            fault = f"the stock graph would run in its place: {reason}"
+            return Proof(built, None, fault=fault, asked_fault=fault)
         return Proof(built, open_candidate(built, threads, inputs, outputs))
     except UnavailableError:
         raise
@@ -222,4 +226,5 @@ def entry(proof: Proof, measurement: Measurement | None, batch: int, threads: in
         latency=latency,
         memory=proof.memory,
         blocks=built.blocks,
+        tuning=built.tuning,
     )

@@ -51,7 +51,7 @@ def site_runs(sites: Iterable[tuple[str, str]], nodes: Sequence[Node]) -> tuple[
     """
     runs = []
     for module, root in sites:
-        own = _running(root, [n for n in nodes if any(_is_of(name, root) for name in _names(n))])
+        own = _running(root, [n for n in nodes if any(is_of(name, root) for name in _names(n))])
         runs.append(
             SiteRun(
                 module=module,
@@ -99,14 +99,15 @@ def _names(node: Node) -> tuple[str, ...]:
     return (node.name, *getattr(node, "covers", ()))
 
 
-def _is_of(name: str, root: str) -> bool:
+def is_of(name: str, root: str) -> bool:
+    """Whether what runs under `name` comes from the node `root` of the canonical model."""
     return name == root or (name.startswith((root + "/", root + "_")) and not _belongs_to_other(name, root))
 
 
 def _running(root: str, own: list[Node]) -> list[Node]:
     """An engine's layers that move a site's operands to the one kernel that multiplies them all are its neighbours."""
-    multiplying = [n for n in own if any(_is_of(p.name, root) for p in getattr(n, "products", ()))]
-    products = sum(_is_of(p.name, root) for n in multiplying for p in getattr(n, "products", ()))
+    multiplying = [n for n in own if any(is_of(p.name, root) for p in getattr(n, "products", ()))]
+    products = sum(is_of(p.name, root) for n in multiplying for p in getattr(n, "products", ()))
     fused = products > 1 or any(re.search("mha|attention|flash", n.op_type, re.I) for n in multiplying)
     return multiplying if len(multiplying) == 1 and fused else own
 
@@ -145,12 +146,27 @@ def multiply_adds(node: Node) -> int:
     result = math.prod(node.outputs[0].shape)
     if node.op_type in ATTENTION and not _is_ours(node):
         return 2 * result * _key_length(node)
+    if node.op_type in FORMS:
+        return _of_form(node)
     if node.op_type in LINEAR:
         return result * _summed(node.inputs[0].shape, node.outputs[0].shape)
     if node.op_type in CONVOLUTIONS:
         weight = next((t for t in node.inputs[1:] if len(t.shape) == len(node.outputs[0].shape)), None)
         return result * math.prod(weight.shape[1:]) if weight is not None else 0
     return 0
+
+
+MULTIPLYING = frozenset({"Attention", "AttentionBlock", "ChannelAttention", "FeedForward", "Linear", "PackedAttention"})
+"""Operators of ours that are matrix products, as opposed to gates and pools."""
+
+
+def _of_form(node: Node) -> int:
+    """How many multiply-adds an attention has does not depend on its attributes: heads times head_dim is given."""
+    form = FORMS[node.op_type]
+    if form.operator not in MULTIPLYING:
+        return 0
+    attributes = {name: 1 for name in form.attributes}
+    return form.multiply_adds(*(t.shape for t in node.inputs), **attributes)
 
 
 def _key_length(node: Node) -> int:
@@ -183,7 +199,7 @@ def dtype_shares(nodes: Sequence[Node], site_roots: Sequence[str]) -> tuple[dict
     weighted: collections.Counter[str] = collections.Counter()
     for name, work, kind in (row for node in nodes for row in _work(node)):
         everything[kind] += work
-        if not any(name.startswith(root + "/") for root in site_roots):
+        if not any(is_of(name, root) for root in site_roots):
             weighted[kind] += work
     return _shares(everything), _shares(weighted)
 
@@ -194,7 +210,17 @@ def _work(node: Node) -> list[tuple[str, int, str]]:
     if products is not None:
         return [(p.name, p.multiply_adds, getattr(node, "computes_in", "")) for p in products]
     work = multiply_adds(node)
-    return [(node.name, work, compute_type(node))] if work else []
+    kind = compute_type(node) if work else ""
+    linear = _of_linear_layers(node)
+    return [row for row in ((node.name, work - linear, kind), ("", linear, kind)) if row[1]]
+
+
+def _of_linear_layers(node: Node) -> int:
+    """Of an attention block, which is named after its site, what is done by the linear layers around the site."""
+    if node.op_type not in FORMS or FORMS[node.op_type].operator != "AttentionBlock" or len(node.inputs) < 6:
+        return 0
+    rows = math.prod(node.inputs[0].shape)
+    return rows * (node.inputs[3].shape[1] + node.inputs[5].shape[1])
 
 
 def _shares(work: collections.Counter[str]) -> dict[str, float]:

@@ -148,6 +148,31 @@ class BlockLoss(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
+class UnitTuning(msgspec.Struct, frozen=True):
+    """One kind of the parts that can run at several levels, from ONNX Runtime's own operators (`stock`) to one kernel
+    for a whole block. `units` are alike, so they were measured together and run alike: at `level`. `times_us` is the
+    time of one of them by level, the median over calls inside the whole model; `gain` the ratio of stock's to the
+    kept level's, with its interval over rounds."""
+
+    units: tuple[str, ...]
+    level: str
+    times_us: dict[str, float]
+    gain: float
+    gain_ci95: tuple[float, float]
+
+
+class Tuning(msgspec.Struct, frozen=True):
+    """Where and how the levels of a candidate were chosen. `ratio` is stock's time over that of the levels kept, of the
+    whole model in a run of its own after the choice; None where stock itself was kept."""
+
+    cpu: str
+    threads: int
+    batch: int
+    units: tuple[UnitTuning, ...]
+    ratio: float | None = None
+    ratio_ci95: tuple[float, float] | None = None
+
+
 class CandidateEntry(msgspec.Struct, frozen=True):
     """One candidate. `id` names it within its graph: every graph has candidates of the same ids."""
 
@@ -173,6 +198,8 @@ class CandidateEntry(msgspec.Struct, frozen=True):
     memory: Memory | None = None
     blocks: tuple[BlockLoss, ...] = ()
     """What half precision costs each block; of targets on a GPU."""
+    tuning: Tuning | None = None
+    """Of a candidate whose levels were chosen by measuring."""
     graph: str = MAIN
 
 

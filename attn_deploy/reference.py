@@ -58,7 +58,7 @@ class SourceOfReference:
 def references(bundle: Bundle, given: SourceOfReference, threads: int) -> Callable[[str], Reference]:
     """A function that opens the reference of a graph, by the graph's name."""
     if given.text is None:
-        return lambda graph: _own(bundle, graph, threads)
+        return lambda graph: own_reference(bundle, graph, threads)
     if given.is_bundle:
         other, name = open_bundle(given.text), given.text
         run = loading.load(name, threads=threads).run  # runs on the graph that takes the feed
@@ -85,7 +85,8 @@ def own_graphs(bundle: Bundle, graph: str) -> localizing.Graphs:
     return localizing.own_graphs(bundle.root / graph_file(graph, ""))
 
 
-def _own(bundle: Bundle, graph: str, threads: int) -> Reference:
+def own_reference(bundle: Bundle, graph: str, threads: int) -> Reference:
+    """The graph's own portable FP32 model, to run."""
     model = bundle.check(graph_file(graph, bundles.PORTABLE))
     specs = bundle.manifest.graphs[graph]
     session = runtimes.open_session(
@@ -107,9 +108,10 @@ def _graphs_of_bundle(bundle: Bundle, graph: str, other: Bundle) -> localizing.G
 
 
 def _graphs_of_source(bundle: Bundle, graph: str, captured: CapturedModel, name: str) -> localizing.Graphs:
+    from attn_deploy.export.canonical import portable
     from attn_deploy.export.recognize import recognize
     from attn_deploy.export.rewrite import rewrite
-    from attn_deploy.export.to_onnx import portable, to_onnx
+    from attn_deploy.export.to_onnx import to_onnx
 
     canonical = to_onnx(rewrite(captured, recognize(captured)))
     own = own_graphs(bundle, graph)

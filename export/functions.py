@@ -77,15 +77,18 @@ def _form(node: ir.Node) -> Form:
     return form
 
 
-def inline_functions(model: ir.Model, keep: frozenset[str] = frozenset()) -> None:
-    """Puts the bodies in place of the operators, in place; forms named in `keep` stay operators.
+def inline_functions(
+    model: ir.Model, keep: frozenset[str] = frozenset(), apart_from: frozenset[str] = frozenset()
+) -> None:
+    """Puts the bodies in place of the operators, in place; forms named in `keep` stay operators, apart from the nodes
+    named in `apart_from`.
 
     The names of what is put in start with the operator's own name, so that a profile shows to which site it belongs;
     onnx.inliner loses them. Raises AttnDeployError as check_functions does.
     """
     check_functions(model)
     for node in list(model.graph):
-        if node.domain == DOMAIN and node.op_type not in keep:
+        if node.domain == DOMAIN and (node.op_type not in keep or node.name in apart_from):
             _inline(model, node)
     used = {(n.domain, n.op_type, "") for n in model.graph if n.domain == DOMAIN}
     for identifier in list(model.functions):

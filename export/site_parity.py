@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
+from attn_deploy.export.canonical import CanonicalModel
 from attn_deploy.export.cut import Cutter
 from attn_deploy.export.forms import form_and_operands
 from attn_deploy.export.interpret import run
 from attn_deploy.export.rewrite import RewrittenModel
 from attn_deploy.export.rewrite.apply import example_tensors
-from attn_deploy.export.to_onnx import CanonicalModel
+from attn_deploy.ops import DOMAIN, FORMS
 from attn_deploy.parity import SiteCase
 from attn_deploy.session import Array
 
@@ -40,15 +42,54 @@ def record_sites(rewritten: RewrittenModel) -> dict[str, SiteRecord]:
 
 
 def site_cases(canonical: CanonicalModel, lowered: ir.Model, records: Mapping[str, SiteRecord]) -> Iterator[SiteCase]:
-    """A small model for each site, cut out of `lowered` between the operator's inputs and its output by their names."""
+    """A small model for each site, cut out of `lowered` between the operator's inputs and its output by their names; of
+    a site that is part of another operator, that operator alone."""
     nodes = {str(n.name): n for n in canonical.model.graph}
     cutter = Cutter(lowered)
     values = {str(o.name): o for n in lowered.graph for o in n.outputs}
     for site in canonical.sites:
         operator, record = nodes[site.node], records[site.fx_node]
+        holder = _holder(lowered, operator)
+        if holder is not None:
+            yield _within(cutter, site.module, operator, holder, record)
+            continue
         names = [str(i.name) for i in operator.inputs if i is not None]
         result = values[str(operator.outputs[0].name)]
         arrays = dict(zip(names, record.operands, strict=True))
         part = cutter.part(result, arrays)
         feeds = {name: arrays[name] for name in part.input_names}
         yield SiteCase(site.module, cutter.model_of(part, feeds), feeds, record.result)
+
+
+def _holder(lowered: ir.Model, operator: ir.Node) -> ir.Node | None:
+    """The operator of ours in `lowered` that does the site's work and more, or reads its operands in another form."""
+    for node in lowered.graph:
+        named = node.name == operator.name or str(node.name).startswith(f"{operator.name}/")
+        if named and node.domain == DOMAIN and node.op_type != operator.op_type:
+            return node
+    return None
+
+
+def _within(cutter: Cutter, module: str, operator: ir.Node, holder: ir.Node, record: SiteRecord) -> SiteCase:
+    """PackedAttention in place of Attention is fed with the reference's query, key and value as one. A whole block is
+    fed with random rows, as its norm takes any, and compared with the operator's float64 reference."""
+    others = {str(i.name): a for i, a in zip(operator.inputs, record.operands, strict=True) if i is not None}
+    first = holder.inputs[0]
+    assert first is not None
+    if FORMS[holder.op_type].operator == "PackedAttention":
+        feeds, expected = {str(first.name): np.stack(record.operands[:3], axis=2)}, record.result
+    else:
+        batch, tokens = record.operands[0].shape[:2]
+        channels = holder.inputs[1].const_value.shape[0]  # type: ignore[union-attr]
+        x = np.random.default_rng(23).standard_normal((batch, tokens, int(channels)), np.float32)
+        operands = [x, *(_array(i, others) for i in holder.inputs[1:] if i is not None)]
+        attributes = {name: a.value for name, a in holder.attributes.items()}
+        feeds = {str(first.name): x}
+        expected = FORMS[holder.op_type].reference(*operands, **attributes)[0].astype(np.float32)
+    part = cutter.part(holder.outputs[0], {str(i.name) for i in holder.inputs if i is not None})
+    feeds |= {name: others[name] for name in part.input_names if name not in feeds}
+    return SiteCase(module, cutter.model_of(part, feeds), feeds, expected)
+
+
+def _array(value: ir.Value, arrays: Mapping[str, Array]) -> Array:
+    return arrays[str(value.name)] if value.const_value is None else value.const_value.numpy()

@@ -9,11 +9,8 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import rewriter
@@ -22,50 +19,21 @@ from onnxscript.rewriter.rules import common
 from torch.export import ExportedProgram
 
 from attn_deploy.errors import AttnDeployError
+from attn_deploy.export.canonical import CanonicalModel, CanonicalSite, check_model
 from attn_deploy.export.capture import CapturedModel
 from attn_deploy.export.dimensions import dynamic_shapes
 from attn_deploy.export.forms import OPERATORS, form_and_operands
-from attn_deploy.export.functions import attach_functions, inline_functions, register_schemas
-from attn_deploy.export.recognize.site import Kind
+from attn_deploy.export.functions import attach_functions, register_schemas
 from attn_deploy.export.rewrite import RewrittenModel
 from attn_deploy.ops import DOMAIN, FORMS, VERSION
-from attn_deploy.session import DimBounds, TensorSpec
+from attn_deploy.session import TensorSpec
 
 MIN_OPSET = 20
 """Gelu is an operator from here on: below it, ONNX Runtime fuses none."""
 
-EXTERNAL_DATA_BYTES = 1_900_000_000
-"""Beyond this, weights go to a file of their own: a protobuf ends at 2 GiB."""
-
 
 AROUND_SITES = frozenset({"ChannelPool", "SpatialPool", "RotaryEmbedding"})
 """Operators that feed a site and are none themselves."""
-
-
-@dataclass(frozen=True)
-class CanonicalSite:
-    """A recognized site in ONNX: `node` is its operator's name, the root of every name that it is lowered to."""
-
-    kind: Kind
-    module: str
-    source_line: str
-    operator: str
-    node: str
-    fx_node: str
-    proven: bool
-    flops: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class CanonicalModel:
-    """`model` holds the operators with their bodies attached; treat it as frozen and lower from `model.clone()`."""
-
-    model: ir.Model
-    sites: tuple[CanonicalSite, ...]
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    dims: dict[str, DimBounds]
 
 
 def to_onnx(rewritten: RewrittenModel, *, opset: int = MIN_OPSET) -> CanonicalModel:
@@ -85,27 +53,8 @@ def to_onnx(rewritten: RewrittenModel, *, opset: int = MIN_OPSET) -> CanonicalMo
         for site, node in zip(rewritten.sites, operators, strict=True)
     )  # fmt: skip
     canonical = CanonicalModel(model, sites, _specs(model.graph.inputs), _specs(model.graph.outputs), captured.dims)
-    _check(model)
+    check_model(model)
     return canonical
-
-
-def portable(canonical: CanonicalModel) -> ir.Model:
-    """The same model with the functions inlined: standard ONNX for every other engine and tool."""
-    model = canonical.model.clone()
-    inline_functions(model)
-    _check(model)
-    return model
-
-
-def save_model(model: ir.Model, path: Path, *, external_data_bytes: int = EXTERNAL_DATA_BYTES) -> tuple[Path, ...]:
-    """Writes the model and returns the files made: one, or two when the weights are beyond `external_data_bytes`."""
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    if size <= external_data_bytes:
-        ir.save(model, path)
-        return (path,)
-    data = path.with_name(path.name + ".data")
-    ir.save(model.clone(), path, external_data=data.name)
-    return (path, data)
 
 
 def plain_onnx(captured: CapturedModel, *, opset: int = MIN_OPSET) -> ir.Model:
@@ -245,10 +194,3 @@ def _specs(values: Any) -> tuple[TensorSpec, ...]:
         dims = tuple(d if isinstance(d, int) else str(d.value) for d in (value.shape or ()))
         specs.append(TensorSpec(value.name, str(value.dtype.numpy()), dims))
     return tuple(specs)
-
-
-def _check(model: ir.Model) -> None:
-    """The ONNX checker, on the graph alone where weights would pass a protobuf's size."""
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    if size < EXTERNAL_DATA_BYTES:
-        onnx.checker.check_model(ir.to_proto(model), full_check=False)

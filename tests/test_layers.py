@@ -26,14 +26,25 @@ FOLDERS = {"attn_deploy": "attn_deploy", "attn_deploy.export": "export", "attn_d
 LAYERS: list[set[str]] = [
     {"cli"},
     {"report.listings"},
-    {"benchmarking", "cli_arguments", "cli_cache", "cli_progress", "cli_run", "doctor", "inspection", "validation"},
+    {
+        "benchmarking",
+        "cli_arguments",
+        "cli_cache",
+        "cli_progress",
+        "cli_run",
+        "doctor",
+        "inspection",
+        "retuning",
+        "validation",
+    },
     {"reference"},
     {"cli_output", "loading", "pipeline", "run_alone"},
     {"graph_export"},
     {"options"},
     {"intent", "measuring", "verdict"},
-    {"heatmap", "localizing", "peers", "proving"},
+    {"heatmap", "localizing", "peers", "proving", "tuning"},
     {"export", "runtimes"},
+    {"unit_times"},
     {"accuracy", "built", "bundle", "choice", "data", "demo.ablation", "demo.train", "dispatch", "report"},
     {"demo.model", "latency", "manifest", "parity", "readback", "resolutions"},
     {"demo", "demo.blocks", "environment", "gpus", "inputs", "nn", "progress"},
@@ -154,7 +165,10 @@ def test_only_the_exporter_imports_networks() -> None:
 
 def test_only_the_command_line_and_its_tables_import_typer_and_rich() -> None:
     users = {m.removeprefix("attn_deploy.") for m in OWN if packages(m) & FOR_THE_TERMINAL}
-    assert users == {"cli", "cli_cache", "cli_output", "cli_progress", "report.listings", "report.terminal"}
+    assert users == {
+        "cli", "cli_cache", "cli_output", "cli_progress", "report.listings", "report.terminal",
+        "report.tuning",
+    }  # fmt: skip
 
 
 # -- in a fresh process ----------------------------------------------------------------------------------------------
@@ -211,6 +225,12 @@ def test_load_is_there_without_the_exporter_and_the_command_line() -> None:
     loaded = loaded_after("import attn_deploy; attn_deploy.load")
     assert {"numpy", "msgspec"} <= loaded
     assert not loaded & (FOR_MODELS | FOR_THE_TERMINAL)
+
+
+def test_lowering_anew_and_tuning_need_no_pytorch() -> None:
+    loaded = loaded_after("import attn_deploy.retuning, attn_deploy.export.levelled, attn_deploy.export.candidates")
+    assert "onnx_ir" in loaded
+    assert not loaded & {"torch", "onnxscript", "timm", "transformers"}
 
 
 def test_an_application_classifies_an_image_without_the_exporter_and_the_command_line(tmp_path: Path) -> None:

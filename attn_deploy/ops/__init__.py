@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from attn_deploy.ops import (
     attention,
+    attention_block,
     branch_pool,
     channel_attention,
     channel_pool,
     context_pool,
+    feed_forward,
     gate,
     hard_attention,
+    linear,
     packed_attention,
     rotary_embedding,
     spatial_pool,
 )
 from attn_deploy.ops.form import DOMAIN, VERSION, Form, Input
 
-__all__ = ["DOMAIN", "FORMS", "VERSION", "Form", "Input"]
+__all__ = ["BLOCK_FORMS", "DOMAIN", "FORMS", "VERSION", "Form", "Input"]
 
 _OPERATORS = (
     attention,
@@ -31,5 +34,10 @@ _OPERATORS = (
     gate,
 )
 
-FORMS: dict[str, Form] = {form.name: form for module in _OPERATORS for form in module.FORMS}
+_BLOCKS = (linear, feed_forward, attention_block)
+
+BLOCK_FORMS: dict[str, Form] = {form.name: form for module in _BLOCKS for form in module.FORMS}
+"""Those that hold what stands around a site: lowering makes them, no canonical model has one."""
+
+FORMS: dict[str, Form] = {form.name: form for module in _OPERATORS for form in module.FORMS} | BLOCK_FORMS
 """Every form by its ONNX operator name."""

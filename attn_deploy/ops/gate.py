@@ -6,25 +6,13 @@ Squeeze-and-excitation: Hu et al. 2018, equation 4 (scale), followed by the resi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 
+from attn_deploy.ops.activation import ACTIVATIONS
 from attn_deploy.ops.form import Array, Form, Input, Shape, lines, require
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "": lambda x: x,
-    "Relu": lambda x: np.maximum(x, 0.0),
-    "Silu": lambda x: _silu(x),
-}
-
-
-def _silu(x: Array) -> Array:
-    """x * sigmoid(x) without cancellation for large negative x; 0 at -inf."""
-    small = np.exp(-np.abs(x))
-    with np.errstate(invalid="ignore"):
-        return np.where(np.isneginf(x), -0.0, x * np.where(x < 0, small, 1.0) / (1.0 + small))
-
+FORM_ACTIVATIONS = ("", "Relu", "Silu")
 
 _ACTIVATION_STATEMENTS = {
     "": ("output = Identity (sum)",),
@@ -71,4 +59,4 @@ def _form(with_residual: bool, activation: str) -> Form:
     )
 
 
-FORMS = tuple(_form(residual, activation) for residual in (False, True) for activation in ACTIVATIONS)
+FORMS = tuple(_form(residual, activation) for residual in (False, True) for activation in FORM_ACTIVATIONS)

@@ -12,11 +12,19 @@ from attn_deploy.receipt import Receipt
 
 def write_html(receipt: Receipt, path: Path) -> bool:
     """Writes the page to `path`. False, and nothing written, where jinja2 is not installed (`attn-deploy[report]`)."""
+    page = html_page(receipt)
+    if page is None:
+        return False
+    path.write_text(page, encoding="utf-8")
+    return True
+
+
+def html_page(receipt: Receipt) -> str | None:
+    """The page; None where jinja2 is not installed."""
     try:
         from attn_deploy.report.html import render_html
     except ModuleNotFoundError as missing:
         if missing.name != "jinja2":
             raise
-        return False
-    path.write_text(render_html(receipt), encoding="utf-8")
-    return True
+        return None
+    return render_html(receipt)

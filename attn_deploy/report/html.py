@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from attn_deploy.receipt import MAIN, CandidateEntry, KindCount, Receipt, SiteParity, SiteRun
-from attn_deploy.report import words
+from attn_deploy.report import levels, words
 from attn_deploy.report.chart import Chart, latency_chart
 from attn_deploy.report.sites import SiteRow, kind_counts, name_ranges, paired, site_rows
 
@@ -58,6 +58,7 @@ def render_html(receipt: Receipt) -> str:
         graphs=[_page(name, own) for name, own in receipt.by_graph().items()],
         data_sentences=words.data_sentences(receipt.data, FILES_NAMED),
         words=words,
+        levels=levels,
     )  # fmt: skip
 
 

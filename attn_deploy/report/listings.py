@@ -10,14 +10,19 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from attn_deploy import environment
 from attn_deploy.benchmarking import Benchmark
 from attn_deploy.cli_run import RunResult
 from attn_deploy.doctor import Diagnosis
 from attn_deploy.inspection import Inspection
 from attn_deploy.localizing import Localization
 from attn_deploy.manifest import graph_file
+from attn_deploy.receipt import Tuning
+from attn_deploy.report.levels import tuning_sentence
 from attn_deploy.report.terminal import intent_lines, sites_table
-from attn_deploy.report.words import decibel, implementations, listed, titled
+from attn_deploy.report.tuning import tuning_tables
+from attn_deploy.report.words import decibel, implementations, listed, milliseconds, printable, titled
+from attn_deploy.retuning import Retuning
 from attn_deploy.session import TensorSpec
 from attn_deploy.validation import Validation
 
@@ -51,7 +56,31 @@ def _inspection(found: Inspection, all_sites: bool) -> RenderableType:
         parts.append(table)
         parts += [Text(f"{v.id}: {implementations(v.sites)}") for v in found.variants if v.sites]
         parts += [Text(f"{v.id}: {_counts(v.operators)}", style="dim") for v in found.variants if v.operators]
+        parts += [Text(_tuned(v.id, v.tuning)) for v in found.variants if v.tuning is not None]
     parts += [Text(f"{map_.file or (map_.module or '(top level)')}: {map_.shows}") for map_ in found.heatmaps]
+    return Group(*parts)
+
+
+def _tuned(variant: str, tuning: Tuning) -> str:
+    """Where its levels were measured, and what to do where that was another CPU."""
+    elsewhere = tuning.cpu != environment.host()["cpu"]
+    advice = "; this is another CPU: attn-deploy tune BUNDLE measures here" if elsewhere else ""
+    return printable(f"{variant}: levels {tuning_sentence(tuning)}{advice}")
+
+
+def retuning_tables(result: Retuning) -> RenderableType:
+    """Of each graph: its levels, what was measured, and what is chosen from here on."""
+    parts: list[RenderableType] = []
+    for name, found in result.graphs.items():
+        if found.tuning is None:
+            parts.append(Text(titled(name, "no part of the model has another level than stock here")))
+        else:
+            parts += tuning_tables(found.tuning)
+        for row in found.candidates:
+            time_ms = milliseconds(row.latency.p50_ms if row.latency is not None else None)
+            parts.append(Text(printable(f"{row.id}: p50 {time_ms} ms" + (f", {row.reason}" if row.reason else ""))))
+        change = "as before" if found.before == found.chosen else f"before: {found.before or 'nothing'}"
+        parts.append(Text(printable(titled(name, f"chosen: {found.chosen} ({change})")), style="bold"))
     return Group(*parts)
 
 

@@ -16,7 +16,9 @@ from rich.text import Text
 
 from attn_deploy.receipt import CandidateEntry, Intent, Peer, Receipt, SiteEntry, SiteRun
 from attn_deploy.report import words
+from attn_deploy.report.levels import tuned_candidates
 from attn_deploy.report.sites import SiteRow, kind_counts, site_rows
+from attn_deploy.report.tuning import tuning_tables
 
 STYLES = {
     "passed": "green", "failed": "red", "not_run": "yellow",
@@ -34,6 +36,8 @@ def receipt_tables(receipt: Receipt, *, all_sites: bool = False) -> RenderableTy
         first = chosen[0][1] if chosen else None
         parts += _section(words.titled(graph, "Attention sites"), _sites(own, first, all_sites))
         parts += _section(words.titled(graph, "Candidates"), [candidates_table(own), *_reasons(own.candidates)])
+        for candidate, tuning in tuned_candidates(own):
+            parts += _section(words.titled(graph, f"Levels of {candidate}"), tuning_tables(tuning))
         if own.peers:
             parts += _section(words.titled(graph, "Against peers, in turns in the same run"), [peers_table(own.peers)])
     parts += _section("Data", [_text(sentence) for sentence in words.data_sentences(receipt.data)])

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from attn_deploy.export.canonical import CanonicalModel, portable
 from attn_deploy.export.lower.lowered import Batches
 from attn_deploy.export.precision.calibration import OpenModel
 from attn_deploy.export.precision.half import to_half
 from attn_deploy.export.precision.half_loss import HalfLoss, Reference, half_within
 from attn_deploy.export.precision.half_ranges import collect_magnitudes
 from attn_deploy.export.precision.half_rules import HalfKernels
-from attn_deploy.export.to_onnx import CanonicalModel, portable
 from attn_deploy.receipt import BlockLoss
 from attn_deploy.target import Precision
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from attn_deploy.export.precision.plan import PrecisionPlan
 from attn_deploy.receipt import BlockLoss
 from attn_deploy.session import Array
+from attn_deploy.target import Precision
 
 Batches = Callable[[], Iterable[Mapping[str, Array]]]
 """Calibration feeds; called once for each pass over them."""
@@ -30,10 +31,12 @@ class Alternative:
 @dataclass(frozen=True)
 class Conditions:
     """What recipes know of the host: `kernels` are the forms that the target's native library has there, `tensorrt`
-    the version that will build the engine, None for the newest known."""
+    the version that will build the engine, None for the newest known, and `tuned` by precision the level of each
+    fusible unit (lower/cpu_units.py) that tuning found fastest on the CPU."""
 
     kernels: frozenset[str] = frozenset()
     tensorrt: tuple[int, int] | None = None
+    tuned: Mapping[Precision, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
+from attn_deploy.export.canonical import CanonicalModel
 from attn_deploy.export.functions import inline_functions
+from attn_deploy.export.lower.cpu_units import STOCK, fuse_units, fusible_units, prepare
 from attn_deploy.export.lower.lowered import Alternative, Batches, Conditions, Lowered
 from attn_deploy.export.precision.calibration import OpenModel, collect_ranges
 from attn_deploy.export.precision.fp16 import store_fp16
@@ -14,7 +16,7 @@ from attn_deploy.export.precision.insert import drop_unused_initializers
 from attn_deploy.export.precision.int8_conv import quantize_convs, values_to_calibrate
 from attn_deploy.export.precision.int8_linear import quantize_linear
 from attn_deploy.export.precision.plan import PrecisionPlan, Scheme, plan_int8, weighted_nodes
-from attn_deploy.export.to_onnx import CanonicalModel
+from attn_deploy.ops import DOMAIN
 from attn_deploy.target import Precision
 
 PRECISIONS = (Precision.FP32, Precision.FP16, Precision.INT8)
@@ -22,12 +24,21 @@ DEFAULTS = (Precision.FP32, Precision.INT8)
 
 
 def alternatives(canonical: CanonicalModel, precision: Precision, conditions: Conditions) -> tuple[Alternative, ...]:
-    """Function bodies, and where the native library has kernels for the model's forms those too. The kernels are FP32
-    alone: an operator beside FP16 weights would meet no kernel."""
-    used = frozenset(s.operator for s in canonical.sites) & conditions.kernels
-    if not used or precision is Precision.FP16:
+    """Function bodies; the levels that tuning chose, where it did; and what the native library's kernels can run as
+    coarse as it can. The kernels are FP32 alone: an operator beside FP16 weights would meet no kernel, and INT8
+    quantizes the linear layers."""
+    if precision is Precision.FP16:
         return (Alternative(),)
-    return Alternative(), Alternative("-native", {"native": used})
+    if precision is Precision.FP32:
+        fusible = any(unit for unit in fusible_units(canonical, conditions.kernels))
+        used = conditions.kernels if fusible else frozenset()
+    else:
+        used = frozenset(s.operator for s in canonical.sites) & conditions.kernels
+    if not used:
+        return (Alternative(),)
+    tuned = conditions.tuned.get(precision)
+    mixture = () if tuned is None else (Alternative("-tuned", {"native": used, "fuse": tuned}),)
+    return Alternative(), *mixture, Alternative("-native", {"native": used})
 
 
 def lower(
@@ -35,12 +46,14 @@ def lower(
     precision: Precision,
     *,
     native: frozenset[str] = frozenset(),
+    fuse: Mapping[str, str] | None = None,
     calibration: Batches | None = None,
     open_model: OpenModel | None = None,
     exclude: Sequence[str] = (),
 ) -> Lowered:
-    """`native`: forms that stay operators, to be run by the native library; all others are inlined. `exclude`: module
-    paths below which every layer stays in floating point.
+    """`native`: forms that the native library can run; all others are inlined. `fuse`: the level of each fusible unit
+    (cpu_units says what they are), None for the coarsest that `native` allows; a unit that it leaves out is stock.
+    INT8 has the levels stock and site. `exclude`: module paths below which every layer stays in floating point.
 
     INT8 of a model with convolutions needs `calibration` and `open_model`.
     """
@@ -50,11 +63,22 @@ def lower(
     if precision is Precision.INT8:
         plan = plan_int8(model, exclude)
         _quantize(canonical, model, plan, calibration, open_model)
-    inline_functions(model, keep=native)
+    if native and precision is Precision.FP32:
+        fuse_units(model, native, fuse)
+    else:
+        if precision is Precision.FP32:
+            prepare(model)
+        inline_functions(model, keep=native, apart_from=_stock_sites(model, fuse))
     if precision is Precision.FP16:
         notes = tuple(f"{name} stays FP32: beyond FP16's range" for name in store_fp16(model))
     drop_unused_initializers(model)
     return Lowered(model, plan, bool(model.functions), notes)
+
+
+def _stock_sites(model: ir.Model, fuse: Mapping[str, str] | None) -> frozenset[str]:
+    if fuse is None:
+        return frozenset()
+    return frozenset(str(n.name) for n in model.graph if n.domain == DOMAIN and fuse.get(str(n.name), STOCK) == STOCK)
 
 
 def _quantize(

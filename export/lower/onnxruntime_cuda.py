@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from attn_deploy.errors import UnavailableError
+from attn_deploy.export.canonical import CanonicalModel
 from attn_deploy.export.functions import inline_functions
 from attn_deploy.export.lower.cuda_attention import ATTENTION, fuse_attention
 from attn_deploy.export.lower.cuda_bias_gelu import fuse_bias_gelu
@@ -30,7 +31,6 @@ from attn_deploy.export.lower.static_shapes import write_shapes
 from attn_deploy.export.precision.calibration import OpenModel
 from attn_deploy.export.precision.insert import drop_unused_initializers
 from attn_deploy.export.precision.plan import PrecisionPlan
-from attn_deploy.export.to_onnx import CanonicalModel
 from attn_deploy.ops import DOMAIN, FORMS
 from attn_deploy.receipt import BlockLoss
 from attn_deploy.target import Precision

@@ -31,6 +31,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from attn_deploy.errors import AttnDeployError, UsageError
+from attn_deploy.export.canonical import CanonicalModel
 from attn_deploy.export.functions import inline_functions
 from attn_deploy.export.lower.half_graph import half_graph
 from attn_deploy.export.lower.lowered import Alternative, Batches, Conditions, Lowered
@@ -52,7 +53,6 @@ from attn_deploy.export.precision.half_ranges import collect_magnitudes
 from attn_deploy.export.precision.insert import drop_unused_initializers
 from attn_deploy.export.precision.int8_symmetric import int8_symmetric, plan_symmetric
 from attn_deploy.export.precision.plan import PrecisionPlan
-from attn_deploy.export.to_onnx import CanonicalModel
 from attn_deploy.ops import DOMAIN, FORMS
 from attn_deploy.receipt import BlockLoss
 from attn_deploy.target import Precision

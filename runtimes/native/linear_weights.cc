@@ -64,7 +64,7 @@ OrtStatus* LinearWeights::Read(const Kernel& kernel, const OrtKernelInfo* info, 
 
 OrtStatus* CountRows(const Kernel& kernel, const Shape& x, int64_t in, int64_t* rows) {
   if (x.rank < 1 || x.dims[x.rank - 1] != in) {
-    return kernel.Fail("x has shape " + ToString(x) + "; expected [..., " + std::to_string(in) + "]");
+    return kernel.Fail("x has shape " + ToString(x) + "; expected [...," + std::to_string(in) + "]");
   }
   *rows = 1;
   for (int64_t d = 0; d + 1 < x.rank; ++d) *rows *= x.dims[d];

@@ -8,6 +8,7 @@ namespace attn_deploy::native {
 void AppendAttention(const ort::OrtApi& api, Operators* operators);
 void AppendAttentionBlock(const ort::OrtApi& api, Operators* operators);
 void AppendPackedAttention(const ort::OrtApi& api, Operators* operators);
+void AppendBlockedConv(const ort::OrtApi& api, Operators* operators);
 void AppendBlocked(const ort::OrtApi& api, Operators* operators);
 void AppendChannelPool(const ort::OrtApi& api, Operators* operators);
 void AppendExcite(const ort::OrtApi& api, Operators* operators);

@@ -25,6 +25,7 @@ Operators MakeOperators(const OrtApi& api) {
   AppendChannelPool(api, &operators);
   AppendSpatialPool(api, &operators);
   AppendBlocked(api, &operators);
+  AppendBlockedConv(api, &operators);
   AppendExcite(api, &operators);
   return operators;
 }

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import attn_deploy.demo as demo
-from attn_deploy import cli, latency, measuring, proving
+from attn_deploy import cli, latency, measuring, proving, tuning
 
 sys.path.insert(0, str(Path(__file__).parent))  # for tiny_models, as a source and in tests
 
@@ -48,6 +48,8 @@ def short_latency() -> Iterator[None]:
         patch.setattr(measuring, "LATENCY_BUDGET_S", 1.0)
         patch.setattr(proving, "measure", functools.partial(latency.measure, warmup_s=0.02, pause_s=0.0))
         patch.setattr("attn_deploy.validation.LATENCY_BUDGET_S", 1.0)
+        patch.setattr("attn_deploy.graph_export.TUNING_BUDGET_S", 1.0)
+        patch.setattr(tuning, "measure", functools.partial(latency.measure, warmup_s=0.02, pause_s=0.0))
         patch.setenv("COLUMNS", "200")
         yield
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from attn_deploy.export.canonical import portable
 from attn_deploy.export.capture import CapturedModel, capture
 from attn_deploy.export.interpret import run
 from attn_deploy.export.recognize import recognize
 from attn_deploy.export.rewrite import RewrittenModel, rewrite
 from attn_deploy.export.sources import LoadedSource
-from attn_deploy.export.to_onnx import portable, to_onnx
+from attn_deploy.export.to_onnx import to_onnx
 from attn_deploy.inputs import ExampleInput, make_feeds
 from attn_deploy.parity import sqnr_db
 from attn_deploy.session import Array, DimBounds

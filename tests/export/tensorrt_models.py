@@ -10,9 +10,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
+from attn_deploy.export.canonical import CanonicalModel
 from attn_deploy.export.functions import attach_functions
 from attn_deploy.export.lower.tensorrt import standard
-from attn_deploy.export.to_onnx import CanonicalModel
 from attn_deploy.ops import DOMAIN, FORMS, VERSION
 
 Array = np.ndarray[Any, Any]

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attn_deploy import nn as attn_nn
+from attn_deploy.export.canonical import CanonicalModel, portable
 from attn_deploy.export.capture import CapturedModel, capture
 from attn_deploy.export.recognize import recognize
 from attn_deploy.export.recognize.site import Kind, Reason
 from attn_deploy.export.rewrite import RewrittenModel, apply, rewrite
 from attn_deploy.export.sources import SourceRequest, load_source
-from attn_deploy.export.to_onnx import CanonicalModel, portable, to_onnx
+from attn_deploy.export.to_onnx import to_onnx
 from attn_deploy.inputs import ExampleInput, make_feeds
 from attn_deploy.parity import sqnr_db
 from attn_deploy.session import DimBounds

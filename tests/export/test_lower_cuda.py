@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_deploy.errors import UnavailableError
+from attn_deploy.export.canonical import CanonicalModel, portable
 from attn_deploy.export.capture import CapturedModel, capture
 from attn_deploy.export.lower import onnxruntime_cuda
 from attn_deploy.export.lower.cuda_kernels import NATIVE_MAX_HEAD_DIM, NO_BF16, NO_BF16_CONTRIB, NO_FP16
@@ -26,7 +27,7 @@ from attn_deploy.export.precision.emulate import emulate
 from attn_deploy.export.recognize import recognize
 from attn_deploy.export.rewrite import rewrite
 from attn_deploy.export.sources import LoadedSource, SourceRequest, load_source
-from attn_deploy.export.to_onnx import CanonicalModel, portable, to_onnx
+from attn_deploy.export.to_onnx import to_onnx
 from attn_deploy.inputs import make_feeds, parse_input
 from attn_deploy.parity import sqnr_db
 from attn_deploy.runtimes.native import cuda

@@ -58,12 +58,45 @@ def test_peers_of_the_cpu_compute_the_same_model_and_others_say_where_they_run()
     names = [name for name in PEERS if name != "compile"]
     with contextlib.ExitStack() as stack:
         opened, absent = open_peers(stack, captured(), names, CPU)
-        assert [p.name for p in opened] == ["eager PyTorch", "plain ONNX Runtime", "OpenVINO"]
+        assert [p.name for p in opened] == [
+            "eager PyTorch", "plain ONNX Runtime", "plain ONNX Runtime, no spinning",
+            "plain ONNX Runtime, denormals flushed", "ONNX Runtime, its transformers optimizer",
+            "ONNX Runtime, onnxscript's fusions", "OpenVINO",
+        ]  # fmt: skip
         assert absent == {"tensorrt": "it does not run on the CPU"}
         reference = next(iter(captured().reference(feeds()).values()))
         for peer in opened:
             assert peer.resident is None
             assert sqnr_db(reference, next(iter(peer.run(feeds()).values()))) > 100
+
+
+def test_tools_that_fuse_nothing_are_no_peers() -> None:
+    source = LoadedSource("conv", "conv", nn.Conv2d(3, 4, 3).eval(), (parse_input("input=1x3x8x8"),), "random", None, None)
+    names = ["onnxruntime-transformers", "onnxruntime-onnxscript"]
+    with contextlib.ExitStack() as stack:
+        opened, absent = open_peers(stack, capture(source, {"batch": DimBounds()}), names, CPU)
+    assert opened == []
+    assert absent == dict.fromkeys(names, "it fuses nothing in this model")
+
+
+class DividedByTheLargest(nn.Module):
+    """x [batch, 4] -> x / 3e38: denormal for x below 3.5."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 3e38
+
+
+def test_only_the_peer_that_flushes_denormals_flushes_them() -> None:
+    """In one process and one thread with those that do not."""
+    source = LoadedSource("tiny", "tiny", DividedByTheLargest(), (parse_input("x=1x4"),), "random", None, None)
+    names = ["onnxruntime", "onnxruntime-flushed"]
+    with contextlib.ExitStack() as stack:
+        opened, _ = open_peers(stack, capture(source, {"batch": DimBounds()}), names, CPU)
+        plain, flushed = opened
+        x = {"x": np.ones((1, 4), np.float32)}
+        for _ in range(2):
+            assert (next(iter(plain.run(x).values())) > 0).all()
+            assert (next(iter(flushed.run(x).values())) == 0).all()
 
 
 def test_an_unknown_peer_is_answered_with_the_nearest() -> None:

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attn_deploy.export.canonical import portable
 from attn_deploy.export.interpret import run
 from attn_deploy.export.recognize import recognize
 from attn_deploy.export.recognize.site import Kind, Reason
 from attn_deploy.export.rewrite import rewrite
-from attn_deploy.export.to_onnx import portable, to_onnx
+from attn_deploy.export.to_onnx import to_onnx
 from attn_deploy.inputs import make_feeds
 from attn_deploy.parity import sqnr_db
 

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attn_deploy.export.canonical import CanonicalModel, portable, save_model
 from attn_deploy.export.capture import CapturedModel
 from attn_deploy.export.lower import onnxruntime_cpu
 from attn_deploy.export.recognize import recognize
 from attn_deploy.export.rewrite import RewrittenModel, rewrite
 from attn_deploy.export.site_parity import record_sites, site_cases
-from attn_deploy.export.to_onnx import CanonicalModel, plain_onnx, portable, save_model, to_onnx
+from attn_deploy.export.to_onnx import plain_onnx, to_onnx
 from attn_deploy.inputs import make_feeds
 from attn_deploy.ops import DOMAIN
 from attn_deploy.parity import sqnr_db

@@ -8,6 +8,8 @@ from itertools import product
 
 import numpy as np
 import pytest
+from kernel_runner import Case, KernelRunner
+from test_activate import enumerators
 
 from attn_deploy.ops import FORMS
 
@@ -89,6 +91,31 @@ def test_every_rank_and_every_choice_of_broadcast_dims(run_gate: RunGate, rank: 
 def test_an_empty_input_gives_an_empty_output(run_gate: RunGate, x_shape: Shape, gate_shape: Shape) -> None:
     for form in GATE_FORMS:
         assert run_gate(form, random_feeds(form, x_shape, gate_shape)).shape == x_shape
+
+
+def form_name(activation: str, residual: bool) -> str:
+    return "Gate" + ("Residual" if residual else "") + activation
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("activation", ["", "Relu", "Silu"])
+def test_every_instruction_set_misalignment_and_cut_into_ranges(
+    kernel_runner: KernelRunner, activation: str, residual: bool
+) -> None:
+    form = form_name(activation, residual)
+    number = enumerators().index(activation or "None")
+    cases, given = [], []
+    for seed, (kind, size, misalignment) in enumerate(product(GATE_SHAPES, (1, 3, 5, 16, 17, 33), (0, 1, 3))):
+        shape = (2, 3, size, 2 * size - 1)
+        feeds = random_feeds(form, shape, GATE_SHAPES[kind](*shape), seed)
+        off = [misalignment] * len(feeds)
+        whole, pieces = (Case("gate", list(feeds.values()), [number, n], misalignments=off) for n in (1, 7))
+        cases += [whole, pieces]
+        given.append(feeds)
+    outputs = [output for (output,) in kernel_runner(cases)]
+    for feeds, whole, pieces in zip(given, outputs[::2], outputs[1::2], strict=True):
+        assert_close(form, feeds, whole)
+        np.testing.assert_array_equal(pieces, whole)
 
 
 def silu_float64(v: np.ndarray) -> np.ndarray:

@@ -65,8 +65,8 @@ def test_without_library_and_body_the_model_does_not_load(make_gate_model: MakeM
         pytest.param([(1, 3), (0, 3), (1, 3)], ["gate", "[0,3]", "[1,3]"], id="gate-empty"),
         pytest.param([(2, 3), (2, 1), (1, 3)], ["residual", "[1,3]", "[2,3]"], id="residual-broadcast"),
         pytest.param([(2, 3), (2, 1), (2, 3, 1)], ["residual", "[2,3,1]", "[2,3]"], id="residual-rank"),
-        pytest.param([(), (), ()], ["rank 0", "rank 1 to 8"], id="scalar"),
-        pytest.param([(2,) * 9, (2,) * 9, (2,) * 9], ["rank 9", "rank 1 to 8"], id="rank-9"),
+        pytest.param([(), (), ()], ["shape []", "rank 1 to 8"], id="scalar"),
+        pytest.param([(2,) * 9, (2,) * 9, (2,) * 9], ["rank 9", "at most 8"], id="rank-9"),
     ],
 )
 def test_wrong_shapes_raise_with_the_node_name_and_the_shapes(

@@ -11,12 +11,13 @@ import onnxruntime
 import pytest
 
 import attn_deploy.nn
+from attn_deploy.export.canonical import portable
 from attn_deploy.export.capture import CapturedModel, capture
 from attn_deploy.export.initializer import initialize
 from attn_deploy.export.recognize import recognize
 from attn_deploy.export.rewrite import RewrittenModel, rewrite
 from attn_deploy.export.sources import LoadedSource
-from attn_deploy.export.to_onnx import portable, to_onnx
+from attn_deploy.export.to_onnx import to_onnx
 from attn_deploy.inputs import make_feeds
 from attn_deploy.parity import FP32_MIN_SQNR_DB, sqnr_db
 from attn_deploy.session import DimBounds

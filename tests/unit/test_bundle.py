@@ -507,6 +507,44 @@ def test_a_rewritten_receipt_reads_back_and_the_bundle_stays_whole(bundle: Path)
     assert names(bundle) == {MANIFEST, RECEIPT, "variants"}
 
 
+def adopted(bundle: Path, new: Path, fail: type[BaseException] | None = None) -> None:
+    """The one variant of the bundle is replaced by one of the file `new`."""
+    opened = open_bundle(bundle)
+    with opened.adopting() as adopt:
+        files = adopt("main", [new])
+        if fail is not None:
+            raise fail
+        variants = {"tuned": Variant("onnxruntime-cpu", "fp32", files)}
+        opened.rewrite(receipt("tuned"), {"onnxruntime-cpu": "tuned"}, variants={"main": variants})
+
+
+def test_a_variant_is_replaced_by_another_and_its_files_with_it(bundle: Path, tmp_path: Path) -> None:
+    new = tmp_path / "onnxruntime-cpu-fp32.onnx"
+    for content in (b"another model", b"a third one"):
+        new.write_bytes(content)
+        adopted(bundle, new)
+        opened = open_bundle(bundle)
+        opened.check_all()
+        (variant,) = opened.manifest.graphs["main"].variants.values()
+        assert opened.read(variant.files[0]) == content
+        listed = {p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file()}
+        assert listed == {*opened.manifest.files, MANIFEST}
+    assert names(bundle) == {MANIFEST, RECEIPT, "variants"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_what_was_adopted_goes_where_the_rewriting_fails(
+    bundle: Path, tmp_path: Path, error: type[BaseException]
+) -> None:
+    new = tmp_path / "onnxruntime-cpu-fp32.onnx"
+    new.write_bytes(b"another model")
+    before = {p: p.read_bytes() for p in bundle.rglob("*") if p.is_file()}
+    with pytest.raises(error):
+        adopted(bundle, new, error)
+    assert {p: p.read_bytes() for p in bundle.rglob("*") if p.is_file()} == before
+    open_bundle(bundle).check_all()
+
+
 REWRITER = """
 import resource, sys
 from attn_deploy.bundle import MANIFEST, RECEIPT, encode, open_bundle

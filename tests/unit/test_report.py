@@ -27,10 +27,13 @@ from attn_deploy.receipt import (
     SiteEntry,
     SiteParity,
     SiteRun,
+    Tuning,
+    UnitTuning,
 )
 from attn_deploy.report import html, words, write_html
 from attn_deploy.report.chart import latency_chart, nice_ticks
 from attn_deploy.report.html import render_html
+from attn_deploy.report.levels import level_headings
 from attn_deploy.report.sites import MANY_SITES, name_ranges, paired, site_rows
 from attn_deploy.report.terminal import receipt_tables, sites_table
 
@@ -262,6 +265,37 @@ def test_what_half_precision_costs_is_told_for_the_worst_block_and_those_put_bac
     receipt = replace(FULL, candidates=(candidate,), chosen={}, peers=())
     for text in (shown(receipt_tables(receipt)), _Page(render_html(receipt)).text):
         assert told in flat(text)
+
+
+TUNING = Tuning(
+    cpu="AMD EPYC", threads=2, batch=1, ratio=1.31, ratio_ci95=(1.25, 1.36),
+    units=(
+        UnitTuning(tuple(f"blocks.{n}.attn/PackedAttention" for n in range(12)), "block",
+                   {"stock": 661.2, "site": 377.0, "linear": 340.4, "block": 329.6}, 2.01, (1.92, 2.1)),
+        UnitTuning(("head/Gemm",), "stock", {"stock": 20.0, "linear": 25.0}, 1.0, (1.0, 1.0)),
+    ),
+)  # fmt: skip
+
+
+def test_levels_stand_with_their_times_and_gain_on_a_terminal_and_on_a_page() -> None:
+    receipt = replace(FULL, candidates=(replace(FULL.candidates[0], tuning=TUNING), FAILED))
+    for text in (flat(shown(receipt_tables(receipt))), flat(re.sub(r"<[^>]+>", " ", render_html(receipt)))):
+        assert "Levels of onnxruntime-cpu-fp32" in text
+        assert "blocks.0-11.attn/PackedAttention (12) block 2.01x [1.92, 2.10] 661 377 340 330" in text
+        assert "head/Gemm stock - 20 - 25 -" in text
+        assert "measured on AMD EPYC with 2 threads, batch 1: 1.31x [1.25, 1.36] over stock" in text
+
+
+def test_where_stock_was_kept_the_levels_say_so() -> None:
+    kept = replace(TUNING, ratio=None, ratio_ci95=None)
+    text = flat(shown(receipt_tables(replace(FULL, candidates=(replace(FULL.candidates[0], tuning=kept),)))))
+    assert "nothing is clearly faster than stock, which is kept" in text
+
+
+def test_headings_of_levels_keep_their_order_whichever_parts_have_them() -> None:
+    rows = (UnitTuning(("a",), "stock", {"stock": 1.0, "block": 2.0}, 1.0, (1.0, 1.0)), *TUNING.units)
+    assert level_headings(replace(TUNING, units=rows)) == ["stock", "site", "linear", "block"]
+    assert level_headings(replace(TUNING, units=rows[::-1])) == ["stock", "site", "linear", "block"]
 
 
 def test_figures_keep_three_digits_and_never_round_up_to_all() -> None:

@@ -6,11 +6,12 @@
 namespace attn_deploy::native::ATTN_DEPLOY_ISA {
 
 // exp(v), relative error below 2 units in the last place for v in [-87.3, 88.3]. Below -87.7, -infinity included, 0
-// where subnormals are flushed; above 88.3, about 2.6e38. NaN gives NaN.
+// where subnormals are flushed; above 88.4, infinity (AVX-512: above 88.7). NaN gives NaN.
 ATTN_DEPLOY_INLINE Vec Exp(Vec v) {
   // v = n * ln(2) + r with |r| <= ln(2) / 2; ln(2) in two parts, so that n times the first is exact. The lower bound
-  // gives n = -127, which makes the power 0. NaN is the second operand, which Max and Min return.
-  v = Min(Broadcast(88.3762f), Max(Broadcast(-88.0f), v));
+  // gives n = -127, which makes the power 0, the upper one 128, which makes it infinite. NaN is the second operand,
+  // which Max and Min return.
+  v = Min(Broadcast(89.0f), Max(Broadcast(-88.0f), v));
   const Vec n = RoundToNearest(v * Broadcast(1.44269504f));
   Vec r = NegFma(n, Broadcast(0.693359375f), v);
   r = NegFma(n, Broadcast(-2.12194440e-4f), r);
@@ -27,7 +28,7 @@ ATTN_DEPLOY_INLINE Vec Exp(Vec v) {
 // 1 / (1 + exp(-v)). NaN gives NaN.
 ATTN_DEPLOY_INLINE Vec Sigmoid(Vec v) { return Broadcast(1.0f) / (Broadcast(1.0f) + Exp(Zero() - v)); }
 
-// v * Sigmoid(v); -infinity gives a number near 0, its limit. NaN gives NaN.
+// v * Sigmoid(v); -infinity gives -0, its limit. NaN gives NaN.
 ATTN_DEPLOY_INLINE Vec Silu(Vec v) {
   v = Max(Broadcast(-100.0f), v);
   return v / (Broadcast(1.0f) + Exp(Zero() - v));

@@ -23,11 +23,12 @@ from attention_coverage.models import BY_NAME, CoverageModel
 from attn_deploy import runtimes
 from attn_deploy.errors import AttnDeployError
 from attn_deploy.export.build import save_sources
+from attn_deploy.export.canonical import CanonicalModel, portable
 from attn_deploy.export.capture import CapturedModel, capture
 from attn_deploy.export.recognize import recognize
 from attn_deploy.export.rewrite import RewrittenModel, rewrite
 from attn_deploy.export.site_parity import record_sites, site_cases
-from attn_deploy.export.to_onnx import CanonicalModel, portable, to_onnx
+from attn_deploy.export.to_onnx import to_onnx
 from attn_deploy.inputs import make_feeds
 from attn_deploy.memory import measure_peak, serve
 from attn_deploy.parity import FP32_MAX_REL, FP32_MIN_SQNR_DB, Moments, Tolerance, sqnr_db

@@ -1,0 +1,137 @@
+"""What each part of a model takes inside the whole of it, from profiled calls of its lowerings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Protocol
+
+import numpy as np
+
+from attn_deploy.latency import Measurement
+from attn_deploy.readback import is_of
+from attn_deploy.session import Array
+
+
+class Unit(Protocol):
+    """A part of a model that can run at several levels. `levels`: the plainest first. `nodes`: names in the canonical
+    model; what runs of them at any level has a name that starts with one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def levels(self) -> tuple[str, ...]: ...
+    @property
+    def nodes(self) -> tuple[str, ...]: ...
+
+
+class Timed(Protocol):
+    """A node that ran, as attn_deploy.runtimes.RunNode gives it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def op_type(self) -> str: ...
+    @property
+    def time_us(self) -> float: ...
+
+
+Calls = Sequence[Sequence[Timed]]
+"""The nodes of each call, both in the order of the run."""
+
+TO_PLAIN, TO_BLOCKED = "ReorderOutput", "ReorderInput"
+"""ONNX Runtime's nodes between the blocked layout of convolutions and the plain one. What is not blocked needs the
+first before it and the second behind it, under names of their own."""
+
+
+@dataclass(frozen=True)
+class GroupTimes:
+    """Alike units, measured together: `measurement` holds the milliseconds of all of them by level."""
+
+    units: tuple[str, ...]
+    levels: tuple[str, ...]
+    measurement: Measurement
+
+    def fastest(self, levels: Sequence[str] | None = None) -> str:
+        """The plainest of the levels (default: all) than which the fastest is not clearly faster."""
+        offered = [level for level in self.levels if levels is None or level in levels]
+        best = min(offered, key=self.time_us)
+        faster = self.measurement.clearly_faster
+        return next(level for level in offered if level == best or not faster(best, level))
+
+    def time_us(self, level: str) -> float:
+        """Of one unit, the median over calls."""
+        return float(np.median(self.measurement.samples_ms[level])) * 1e3 / len(self.units)
+
+
+def group_times(groups: Sequence[Sequence[Unit]], calls: Mapping[str, Calls], rounds: int) -> list[GroupTimes]:
+    """`groups` of alike units; `calls` by level, of a model in which every unit that has the level runs at it: as many
+    calls in each of the rounds. What recording costs is taken off, by the cheapest node there is."""
+    recording_us = min(_MOST_RECORDING_US, *(_cheapest_us(of_level) for of_level in calls.values()))
+    units = [unit for group in groups for unit in group]
+    times = {level: _unit_times(units, of_level, recording_us) for level, of_level in calls.items()}
+    found, place = [], 0
+    for group in groups:
+        levels = tuple(level for level in group[0].levels if level in calls)
+        samples = {
+            level: times[level][:, place : place + len(group)].sum(axis=1).reshape(rounds, -1) / 1e3 for level in levels
+        }
+        found.append(GroupTimes(tuple(unit.name for unit in group), levels, Measurement(samples)))
+        place += len(group)
+    return found
+
+
+_MOST_RECORDING_US = 10.0
+"""Of a node, on a loaded machine (5 us; ONNX Runtime 1.32): a model may have no node that does next to nothing."""
+
+_LEAST_US = 0.1
+"""A unit of which nothing is left to run still has a time, so that ratios exist."""
+
+
+def _unit_times(units: Sequence[Unit], calls: Calls, recording_us: float) -> Array:
+    """Microseconds [calls, units]."""
+    times = np.full((len(calls), len(units)), _LEAST_US)
+    owners: dict[tuple[str, ...], list[int | None]] = {}
+    for row, nodes in zip(times, calls, strict=True):
+        names = tuple(node.name for node in nodes)
+        if names not in owners:
+            owners[names] = unit_of_each(units, nodes)
+        for node, owner in zip(nodes, owners[names], strict=True):
+            if owner is not None:
+                row[owner] += max(node.time_us - recording_us, 0.0)
+    return times
+
+
+def unit_of_each(units: Sequence[Unit], nodes: Sequence[Timed]) -> list[int | None]:
+    """The number of the unit that each node belongs to, or None. A change of layout belongs to the unit that is in the
+    plain one."""
+    roots = {root: number for number, unit in enumerate(units) for root in unit.nodes}
+    found = [_owner(node.name, roots) for node in nodes]
+    for place in range(len(nodes) - 2, -1, -1):
+        if nodes[place].op_type == TO_PLAIN:
+            found[place] = found[place + 1]
+    for place in range(1, len(nodes)):
+        if nodes[place].op_type == TO_BLOCKED:
+            found[place] = found[place - 1]
+    return found
+
+
+def _owner(name: str, roots: Mapping[str, int]) -> int | None:
+    """Of the longest root that the name comes from."""
+    own = [root for root in _beginnings(name) if root in roots and is_of(name, root)]
+    return roots[max(own, key=len)] if own else None
+
+
+def _beginnings(name: str) -> list[str]:
+    return [name, *(name[:end] for end, letter in enumerate(name) if letter in "/_")]
+
+
+def _cheapest_us(calls: Calls) -> float:
+    """The median over calls of the node that takes the least; of reshapes and the like, which do next to nothing, it is
+    what recording costs."""
+    by_name: dict[str, list[float]] = {}
+    for nodes in calls:
+        for node in nodes:
+            by_name.setdefault(node.name, []).append(node.time_us)
+    return min((median(times) for times in by_name.values()), default=0.0)

@@ -1,0 +1,204 @@
+"""Nine models in FP32 on the CPU: ours against every peer, interleaved in one process, beside the machine's ceiling.
+
+    make bench        (or: python bench/cpu_models.py [--models vit_tiny_patch16_224 ...] [--cases batch1 loaded])
+
+`batch1` is the table of the README: each system's median, and the median over rounds of its time over ours with its
+95 % bootstrap interval. `batch8` is the same at batch 8; `loaded` at batch 1 while another process keeps one core busy.
+The share of the ceiling is 2 x the model's multiply-adds (as export/work.py counts) over our time and what fused
+multiply-adds alone reach on as many threads, just before and after (bench/peak.cc, compiled here).
+
+Every session is asked for 2 threads. A turn of a system comes after a pause in which the threads of the one before stop
+spinning (attn_deploy/latency.py). Goes on where it was stopped: a case of a model is kept as long as the sources, the
+library and the versions are those it was taken with. Writes bench/results/cpu_models.json and bench/results/CPU.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import BUILD, RESULTS, ROOT, export
+from cpu_table import markdown
+from roofline import ceiling_gflops
+
+import attn_deploy
+from attn_deploy import environment
+from attn_deploy.bundle import open_bundle
+from attn_deploy.inputs import make_feeds
+from attn_deploy.latency import System, measure
+from attn_deploy.parity import sqnr_db
+from attn_deploy.peers import ON_CPU, Place, open_peers
+from attn_deploy.receipt import MAIN
+from attn_deploy.runtimes import native
+from attn_deploy.target import Precision, Target
+
+MODELS = (
+    "vit_tiny_patch16_224", "vit_small_patch16_224", "swin_tiny_patch4_window7_224", "seresnet50", "ecaresnet50t",
+    "efficientnet_b0", "mobilenetv3_large_100", "mobilevit_s", "botnet26t_256",
+)  # fmt: skip
+WEIGHTS = "init:0"
+"""Weights do not change the time; made ones need no download."""
+
+OPSET = 20
+OURS = "attn-deploy"
+
+FEW = ("onnxruntime", "onnxruntime-no-spinning", "openvino")
+CASES: dict[str, tuple[int, tuple[str, ...], float]] = {
+    "batch1": (1, ON_CPU, 25.0),
+    "batch8": (8, FEW, 15.0),
+    "loaded": (1, FEW, 12.0),
+}
+"""Case -> batch, peers, seconds of measuring."""
+
+
+def main() -> int:
+    arguments = parse()
+    warnings.filterwarnings("ignore")
+    path = RESULTS / "cpu_models.json"
+    result = json.loads(path.read_text()) if path.is_file() else {}
+    state = fingerprint(arguments.threads)
+    models: dict[str, Any] = result.get("models", {})
+    for name in arguments.models:
+        kept = models.get(name, {})
+        due = [c for c in arguments.cases if arguments.fresh or kept.get(c, {}).get("state") != state]
+        if not due:
+            print(f"{name}: kept", flush=True)
+            continue
+        models[name] = {**kept, **measured(name, due, state, arguments)}
+        result = {
+            "command": "python bench/cpu_models.py",
+            "threads": arguments.threads,
+            "host": {k: v for k, v in environment.host().items() if v is not None},
+            "versions": environment.versions(),
+            "instruction_set": native.status().instruction_set,
+            "models": {n: models[n] for n in MODELS if n in models},
+        }
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")  # after each: it goes on from here
+        (RESULTS / "CPU.md").write_text(markdown(result))
+    print(markdown(result))
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=tuple(CASES))
+    parser.add_argument("--against", nargs="+", choices=ON_CPU, metavar="PEER", help="only these, in every case")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, help="of measuring, in every case")
+    parser.add_argument("--fresh", action="store_true", help="keep nothing of an earlier run")
+    return parser.parse_args()
+
+
+def fingerprint(threads: int) -> str:
+    """What a measurement depends on besides the machine: our sources, the library, versions, threads."""
+    key = hashlib.sha256(f"{threads} {sorted(environment.versions().items())}".encode())
+    for file in sources():
+        key.update(file.read_bytes())
+    return key.hexdigest()[:16]
+
+
+def sources() -> list[Path]:
+    files = [f for folder in ("attn_deploy", "export", "runtimes") for f in (ROOT / folder).rglob("*.py")]
+    library = native.library_path()
+    return sorted(files) + ([library] if library is not None else [])
+
+
+def measured(name: str, cases: Sequence[str], state: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The cases of one model: bundle and peers are opened once for all of them."""
+    bundle = bundle_of(name, state, arguments.threads)
+    receipt = open_bundle(bundle).receipt()
+    assert receipt.intent is not None
+    flops = receipt.intent.flops
+    wanted = arguments.against or list(dict.fromkeys(peer for case in cases for peer in CASES[case][1]))
+    done: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        session = stack.enter_context(attn_deploy.load(bundle, threads=arguments.threads, target="onnxruntime-cpu"))
+        captured = captured_of(name, arguments.threads)
+        place = Place(Target.ONNXRUNTIME_CPU, Precision.FP32, arguments.threads, OPSET)
+        found, absent = open_peers(stack, captured, wanted, place)
+        opened = dict(zip((peer for peer in wanted if peer not in absent), found, strict=True))
+        for case in cases:
+            batch, peers, seconds = CASES[case]
+            graph = session.manifest.graphs[MAIN]
+            feeds = make_feeds(graph.examples, batch=batch, seed=31)
+            runs = {OURS: session.run} | {p: opened[p].run for p in arguments.against or peers if p in opened}
+            with busy_core() if case == "loaded" else contextlib.nullcontext():
+                row = interleaved(runs, feeds, arguments.threads, arguments.seconds or seconds)
+            done[case] = {
+                "state": state, "taken": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "batch": batch,
+                "variant": session.variant, "flops": flops * batch,
+                "absent": {p: why for p, why in absent.items() if p in (arguments.against or peers)}, **row,
+            }  # fmt: skip
+            print(name, case, *(f"{s}: {r['p50_ms']:.2f} ms" for s, r in row["systems"].items()), sep="\n  ")
+    return done
+
+
+def bundle_of(name: str, state: str, threads: int) -> Path:
+    """Exported anew when anything that it comes from has changed."""
+    arguments = [f"timm:{name}", "--weights", WEIGHTS, "--precision", "fp32", "--threads", str(threads)]
+    return export([*arguments, "--target", "onnxruntime-cpu"], BUILD / "cpu" / state / f"{name}.attn")
+
+
+def captured_of(name: str, threads: int) -> Any:
+    import torch
+
+    from attn_deploy.export.capture import capture
+    from attn_deploy.export.sources import SourceRequest, load_source
+    from attn_deploy.session import DimBounds
+
+    torch.set_num_threads(threads)
+    return capture(load_source(f"timm:{name}", SourceRequest("", WEIGHTS, {}, ())), {"batch": DimBounds()})
+
+
+@contextlib.contextmanager
+def busy_core() -> Iterator[None]:
+    """Another process that computes all the time, wherever the system puts it."""
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        other.kill()
+        other.wait()
+
+
+def interleaved(
+    runs: Mapping[str, Any], feeds: Mapping[str, np.ndarray], threads: int, seconds: float
+) -> dict[str, Any]:
+    reference = None
+    accuracy: dict[str, float] = {}
+    for name, run in runs.items():  # torch.compile compiles here, outside the budget
+        output = next(iter(run(feeds).values()))
+        reference = output if reference is None else reference
+        accuracy[name] = round(sqnr_db(reference, output), 1) if name != OURS else 0.0
+    before = ceiling_gflops(threads)
+    systems = [System(name, lambda run=run: run(feeds)) for name, run in runs.items()]
+    measurement = measure(systems, max_total_s=seconds)
+    after = ceiling_gflops(threads)
+    rows = {}
+    for name in runs:
+        latency = measurement.latency(name, next(iter(feeds.values())).shape[0], threads)
+        p10 = float(np.percentile(measurement.samples_ms[name], 10))
+        row = {"p10_ms": p10, "p50_ms": latency.p50_ms, "ci95_ms": latency.ci95_ms, "runs": latency.runs}
+        if name != OURS:
+            compared = measurement.compare(OURS, name)
+            row |= {"ratio": compared.ratio, "ratio_ci95": compared.ratio_ci95, "verdict": compared.verdict,
+                    "sqnr_db_to_ours": accuracy[name]}  # fmt: skip
+        rows[name] = row
+    return {"systems": rows, "ceiling_gflops": [before, after], "load_average": os.getloadavg()[0]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""bench/results/CPU.md out of what cpu_models.py measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TARGETS = {
+    "vit_tiny_patch16_224": (1.3, 1.1, 1.3),
+    "vit_small_patch16_224": (1.2, 1.0, 1.1),
+    "swin_tiny_patch4_window7_224": (1.8, 1.05, 1.2),
+    "seresnet50": (1.1, 1.0, 1.1),
+    "ecaresnet50t": (1.3, 1.1, 1.3),
+    "efficientnet_b0": (1.25, 1.35, 1.5),
+    "mobilenetv3_large_100": (1.2, 1.6, 1.5),
+    "mobilevit_s": (1.3, 1.1, 1.3),
+    "botnet26t_256": (1.2, 1.0, 1.2),
+}
+"""Goals at batch 1: over plain ONNX Runtime, over OpenVINO, and (stretch) over the better of the two."""
+
+OURS = "attn-deploy"
+COLUMNS = {
+    "onnxruntime": "plain ONNX Runtime", "onnxruntime-no-spinning": "… no spinning",
+    "onnxruntime-flushed": "… denormals flushed", "onnxruntime-transformers": "… transformers optimizer",
+    "onnxruntime-onnxscript": "… onnxscript fusions", "openvino": "OpenVINO", "compile": "torch.compile",
+    "eager": "eager PyTorch",
+}  # fmt: skip
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Empty without a result."""
+    if not result:
+        return ""
+    host, models = result["host"], result["models"]
+    parts = [
+        "# FP32 on the CPU\n\nWritten by `make bench` (`python bench/cpu_models.py`). Times are medians; a ratio is a "
+        "peer's time over ours in the same round, median over rounds with its 95 % bootstrap interval: above 1 ours is "
+        "faster. 2 threads for everyone, all systems of a table in turns in one process.\n\n"
+        f"{host['cpu']}, {host['logical_cores']} cores, {result['threads']} threads, {result['instruction_set']}; "
+        f"ONNX Runtime {result['versions'].get('onnxruntime')}, OpenVINO {result['versions'].get('openvino')}, "
+        f"PyTorch {result['versions'].get('torch')}; taken {_taken(models)}.\n",
+        "## Against the goals, batch 1\n\n" + _goals(models),
+        "## Every peer, batch 1\n\n" + _peers(models, "batch1"),
+        "## Batch 8\n\n" + _peers(models, "batch8"),
+        "## Batch 1 with another process on one core\n\n" + _peers(models, "loaded"),
+    ]
+    return "\n".join(parts)
+
+
+def _taken(models: dict[str, Any]) -> str:
+    times = sorted(case["taken"] for model in models.values() for case in model.values())
+    return times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}"
+
+
+def _goals(models: dict[str, Any]) -> str:
+    rows = []
+    for name, (plain_goal, openvino_goal, stretch) in TARGETS.items():
+        case = models.get(name, {}).get("batch1")
+        systems = case["systems"] if case else {}
+        if not {"onnxruntime", "openvino"} <= systems.keys():
+            continue
+        plain, openvino = systems["onnxruntime"]["ratio"], systems["openvino"]["ratio"]
+        better = min(plain, openvino)
+        rows.append(
+            [name, f"{systems[OURS]['p50_ms']:.2f}", _share(case), _against(plain, plain_goal),
+             _against(openvino, openvino_goal), _against(better, stretch)]
+        )  # fmt: skip
+    head = ["model", "ours, ms", "share of the FMA ceiling", "over plain ONNX Runtime", "over OpenVINO",
+            "over the better (stretch)"]  # fmt: skip
+    return _table(head, rows) + "\nBold: the goal, behind it, is met.\n"
+
+
+def _against(ratio: float, goal: float) -> str:
+    return f"**{ratio:.2f}** ({goal:.2f})" if ratio >= goal else f"{ratio:.2f} ({goal:.2f})"
+
+
+def _share(case: dict[str, Any]) -> str:
+    """Of the higher of the ceilings before and after."""
+    ceilings = [c for c in case["ceiling_gflops"] if c]
+    if not ceilings:
+        return ""
+    reached = case["flops"] / case["systems"][OURS]["p50_ms"] / 1e6
+    return f"{reached / max(ceilings):.0%} of {max(ceilings):.0f} GFLOP/s"
+
+
+def _peers(models: dict[str, Any], case_name: str) -> str:
+    cases = {name: model[case_name] for name, model in models.items() if case_name in model}
+    if not cases:
+        return "Not measured yet.\n"
+    shown = [p for p in COLUMNS if any(p in c["systems"] or p in c["absent"] for c in cases.values())]
+    rows = [[name, f"{c['systems'][OURS]['p50_ms']:.2f}", *(_cell(c, p) for p in shown)] for name, c in cases.items()]
+    notes = {f"{COLUMNS[p]}: {why}" for c in cases.values() for p, why in c["absent"].items()}
+    note = f"\n–: not measured ({'; '.join(sorted(notes))}).\n" if notes else ""
+    return _table(["model", "ours, ms", *(COLUMNS[p] for p in shown)], rows) + note
+
+
+def _cell(case: dict[str, Any], peer: str) -> str:
+    found = case["systems"].get(peer)
+    if found is None:
+        return "–"
+    low, high = found["ratio_ci95"]
+    return f"{found['p50_ms']:.2f} ms, {found['ratio']:.2f}x ({low:.2f}–{high:.2f})"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

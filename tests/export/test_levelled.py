@@ -1,0 +1,116 @@
+"""What tuning measures: alike parts of a model together, and every part at one level or another."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from attn_deploy.export.alike import alike
+from attn_deploy.export.canonical import CanonicalModel
+from attn_deploy.export.levelled import LevelledModel
+from attn_deploy.export.lower import onnxruntime_cpu
+from attn_deploy.export.lower.lowered import Conditions
+from attn_deploy.export.recognize import recognize
+from attn_deploy.export.rewrite import rewrite
+from attn_deploy.export.to_onnx import to_onnx
+from attn_deploy.ops import DOMAIN, FORMS
+from attn_deploy.target import Precision
+
+sys.path.insert(0, str(Path(__file__).parent))  # for cpu_models
+
+from cpu_models import VisionTransformer
+
+ALL = frozenset(FORMS)
+
+
+@pytest.fixture(scope="module")
+def canonical() -> CanonicalModel:
+    """Three layers of ViT: the last one's queries are of one token alone."""
+    from attn_deploy.export.capture import capture
+    from attn_deploy.export.sources import LoadedSource
+    from attn_deploy.inputs import parse_input
+    from attn_deploy.session import DimBounds
+
+    module = VisionTransformer().eval()
+    inputs = tuple(parse_input(text) for text in module.INPUTS)
+    model = capture(LoadedSource("tiny", "tiny", module, inputs, "as they are"), {"batch": DimBounds()})
+    return to_onnx(rewrite(model, recognize(model)))
+
+
+def operators(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in ir.load(path).graph if node.domain == DOMAIN)
+
+
+def test_alike_layers_are_one_group_and_others_are_not(canonical: CanonicalModel) -> None:
+    model = LevelledModel(canonical, ALL)
+    groups = [{unit.name for unit in group} for group in model.groups]
+    assert {"blocks.0.mlp/FeedForward", "blocks.1.mlp/FeedForward"} <= groups[
+        _place(groups, "blocks.0.mlp/FeedForward")
+    ]
+    first = "blocks.0.attn/PackedAttention"
+    assert "blocks.1.attn/PackedAttention" in groups[_place(groups, first)]
+    assert "blocks.0.mlp/FeedForward" not in groups[_place(groups, first)]
+    assert sum(map(len, groups)) == len(model.units)
+
+
+def _place(groups: list[set[str]], unit: str) -> int:
+    return next(number for number, group in enumerate(groups) if unit in group)
+
+
+class _Part:
+    levels = ("stock", "site")
+
+    def __init__(self, *nodes: str) -> None:
+        self.nodes = nodes
+
+
+@pytest.mark.parametrize(
+    ("second", "together"),
+    [("[b] y = Gemm <alpha = 2.0> (x, w)", True), ("[b] y = Gemm <alpha = 3.0> (x, w)", False),
+     ("[b] y = Gemm <alpha = 2.0> (x, v)", False), ("[b] y = MatMul (x, w)", False)],
+    ids=["the same", "another number", "another size", "another operator"],
+)  # fmt: skip
+def test_parts_are_alike_by_operator_numbers_and_sizes(second: str, *, together: bool) -> None:
+    model = ir.from_onnx_text(f"""<ir_version: 10, opset_import: ["": 20]>
+        g (float[N, 4] x, float[4, 4] w, float[4, 5] v) => (float[N, M] z, float[N, M] y) {{
+            [a] z = Gemm <alpha = 2.0> (x, w)
+            {second}
+        }}""")
+    parts = [_Part("a"), _Part("b")]
+    assert alike(model, parts) == ([tuple(parts)] if together else [(parts[0],), (parts[1],)])
+
+
+def test_a_uniform_level_is_the_next_plainer_one_where_a_part_has_it_not(canonical: CanonicalModel) -> None:
+    model = LevelledModel(canonical, ALL)
+    assert model.levels == ("stock", "site", "linear", "block")
+    assert set(model.uniform("stock").values()) == {"stock"}
+    site = model.uniform("site")
+    assert site["blocks.0.attn/PackedAttention"] == "site"
+    assert site["blocks.0.mlp/FeedForward"] == "stock"
+    assert LevelledModel(canonical, frozenset({"PackedAttention"})).levels == ("stock", "site")
+    assert LevelledModel(canonical, frozenset()).groups == []
+
+
+def test_a_model_is_saved_at_the_levels_asked(canonical: CanonicalModel, tmp_path: Path) -> None:
+    model = LevelledModel(canonical, ALL)
+    (path,) = model.save(model.uniform("stock"), tmp_path / "stock.onnx")
+    assert operators(path) == {}
+    (path,) = model.save({"blocks.1.mlp/FeedForward": "block"}, tmp_path / "mixed.onnx")
+    assert operators(path) == {"FeedForwardGelu": 1}
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT8])
+def test_what_tuning_chose_stands_between_stock_and_everything_native(
+    canonical: CanonicalModel, precision: Precision
+) -> None:
+    levels = {"blocks.0.attn/PackedAttention": "site"}
+    offered = onnxruntime_cpu.alternatives(canonical, precision, Conditions(ALL, tuned={precision: levels}))
+    assert [a.suffix for a in offered][:3] == ["", "-tuned", "-native"]
+    lowered = onnxruntime_cpu.lower(canonical, precision, **offered[1].arguments)
+    assert Counter(n.op_type for n in lowered.model.graph if n.domain == DOMAIN) == {"PackedAttention": 1}
+    untuned = onnxruntime_cpu.alternatives(canonical, precision, Conditions(ALL))
+    assert "-tuned" not in [a.suffix for a in untuned]
