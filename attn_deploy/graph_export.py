@@ -15,7 +15,7 @@ from attn_deploy.accuracy import Run, scores_output
 from attn_deploy.built import Built
 from attn_deploy.choice import choose
 from attn_deploy.data import Dataset, Split, open_data, require_labels
-from attn_deploy.errors import UsageError
+from attn_deploy.errors import UnavailableError, UsageError
 from attn_deploy.inputs import make_feeds, named_specs, narrowed
 from attn_deploy.intent import intent_of, site_entries
 from attn_deploy.manifest import Graph, Variant, graph_file
@@ -139,10 +139,14 @@ class GraphExport:
         if not asked or options.tune is False:
             return None
         model = LevelledModel(canonical, frozenset(runtimes.kernel_names(cpu)))
-        return tune(
-            model, self._single(captured), threads=self.threads, seconds=TUNING_BUDGET_S, progress=self.progress,
-            min_call_ms=0.0 if options.tune else MIN_CALL_MS,
-        )  # fmt: skip
+        try:
+            return tune(
+                model, self._single(captured), threads=self.threads, seconds=TUNING_BUDGET_S, progress=self.progress,
+                min_call_ms=0.0 if options.tune else MIN_CALL_MS,
+            )  # fmt: skip
+        except UnavailableError as error:
+            self.warnings.append(f"not tuned: {error.what} ({error.got}; {error.expected})")
+            return None
 
     def _conditions(self, target: Target, tuned: Tuned | None) -> LoweringConditions:
         from attn_deploy.export.lower.lowered import Conditions

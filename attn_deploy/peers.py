@@ -130,7 +130,7 @@ def _flushing_denormals(run: Run) -> Run:
     first session of a process; and then it would stay for everyone who is measured."""
     import torch
 
-    def flushing(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def flushing(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         torch.set_flush_denormal(True)
         try:
             return run(feeds)

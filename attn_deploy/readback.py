@@ -38,6 +38,11 @@ class Node(Protocol):
 LINEAR = frozenset({"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "MatMulInteger", "MatMulIntegerToFloat",
                     "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "MatMulNBits"})  # fmt: skip
 CONVOLUTIONS = frozenset({"Conv", "FusedConv", "QLinearConv", "ConvInteger", "NhwcFusedConv"})
+BLOCKED = "Blocked"
+"""How our operators on ONNX Runtime's blocked layout begin; they are made on the host and are no forms."""
+
+BLOCKED_CONVOLUTIONS = ("BlockedPointwise", "BlockedDepthwise")
+EXPANDING = "BlockedExpandDepthwise"
 ATTENTION = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention"})
 INTEGER_INSIDE = frozenset({"DynamicQuantizeMatMul", "QGemm"})
 """Operators that read floats and multiply integers."""
@@ -122,7 +127,7 @@ def _implementation(nodes: Sequence[Node]) -> str:
     if not nodes:
         return "fused into its neighbours"
     types = {n.op_type for n in nodes}
-    own = sorted(types & FORMS.keys() - ATTENTION) + sorted(
+    own = sorted(t for t in types - ATTENTION if t in FORMS or t.startswith(BLOCKED)) + sorted(
         n.op_type for n in nodes if n.op_type in FORMS and n.op_type in ATTENTION and _is_ours(n)
     )
     if own and len(nodes) == 1:
@@ -150,7 +155,10 @@ def multiply_adds(node: Node) -> int:
         return _of_form(node)
     if node.op_type in LINEAR:
         return result * _summed(node.inputs[0].shape, node.outputs[0].shape)
-    if node.op_type in CONVOLUTIONS:
+    if node.op_type.startswith(EXPANDING):  # x, weight and bias of a 1x1 convolution, those of the depthwise one
+        expanded = math.prod(node.inputs[0].shape) * node.inputs[1].shape[0]
+        return expanded + result * math.prod(node.inputs[3].shape[1:])
+    if node.op_type in CONVOLUTIONS or node.op_type.startswith(BLOCKED_CONVOLUTIONS):
         weight = next((t for t in node.inputs[1:] if len(t.shape) == len(node.outputs[0].shape)), None)
         return result * math.prod(weight.shape[1:]) if weight is not None else 0
     return 0

@@ -151,8 +151,8 @@ class BlockLoss(msgspec.Struct, frozen=True):
 class UnitTuning(msgspec.Struct, frozen=True):
     """One kind of the parts that can run at several levels, from ONNX Runtime's own operators (`stock`) to one kernel
     for a whole block. `units` are alike, so they were measured together and run alike: at `level`. `times_us` is the
-    time of one of them by level, the median over calls inside the whole model; `gain` the ratio of stock's to the
-    kept level's, with its interval over rounds."""
+    time of one of them by level inside the whole model, the lower quartile over calls; `gain` the ratio of stock's to
+    the kept level's, with its interval over rounds."""
 
     units: tuple[str, ...]
     level: str

@@ -4,7 +4,8 @@
 
 First each level is profiled where every unit that has it runs at it, in turns, and alike units choose the level than
 which no other is clearly faster. Then, in a run of its own and without a profile, the whole model of these choices is
-measured against stock and against each uniform level: what is not clearly faster than stock is not kept.
+measured against stock and against each uniform level: where one of them is clearly faster, that is kept instead. What
+is kept is a candidate like others: a third run, with their peers, chooses it only if it is clearly faster than stock.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from attn_deploy import environment, runtimes
 from attn_deploy.built import Built
+from attn_deploy.errors import UnavailableError
 from attn_deploy.latency import Comparison, Measurement, System, measure
+from attn_deploy.memory import BYTES_PER_MB
 from attn_deploy.progress import Progress
 from attn_deploy.receipt import Tuning, UnitTuning
 from attn_deploy.session import Array, TensorSpec
@@ -38,6 +41,11 @@ RANKING_SHARE = 0.6
 
 MIN_CALL_MS = 0.5
 """Below it there is nothing to win that a call's fixed cost does not hide."""
+
+COPIES = 2
+"""Of its weights in a session: the model's, and those packed for the kernels."""
+
+MEMORY_SHARE = 0.5
 
 Levels = Mapping[str, str]
 """Unit -> level; a unit that is left out is stock."""
@@ -59,7 +67,7 @@ class Levelled(Protocol):
     @property
     def outputs(self) -> Sequence[TensorSpec]: ...
 
-    def uniform(self, level: str) -> Levels:
+    def uniform(self, level: str) -> dict[str, str]:
         """Every unit at this level, or the next plainer that it has."""
 
     def save(self, levels: Levels, path: Path) -> tuple[Path, ...]:
@@ -98,9 +106,9 @@ class Tuned:
 
 
 def _row(group: GroupTimes, level: str) -> UnitTuning:
-    found = group.measurement.compare(level, STOCK)
+    gain, interval = group.gain(level, STOCK)
     times_us = {name: round(group.time_us(name), 1) for name in group.levels}
-    return UnitTuning(group.units, level, times_us, found.ratio, found.ratio_ci95)
+    return UnitTuning(group.units, level, times_us, round(gain, 4), interval)
 
 
 def tune(
@@ -108,27 +116,29 @@ def tune(
     min_call_ms: float = 0.0,
 ) -> Tuned | None:  # fmt: skip
     """The levels that are fastest on this host. None for a model without units, or one of which a stock call takes less
-    than `min_call_ms`. Needs room in memory for a session of every level."""
+    than `min_call_ms`. Raises UnavailableError where memory has no room for a session of every level at once."""
     if not model.groups:
         return None
     batch = next(iter(feeds.values())).shape[0]
     with tempfile.TemporaryDirectory() as folder:
         saved = _Saved(model, Path(folder), threads)
+        _check_memory(saved)
         if min_call_ms and _call_ms(saved, feeds) < min_call_ms:
             return None
         progress.stage("tuning: levels")
         groups = _ranked(saved, feeds, seconds * RANKING_SHARE, progress.step)
         levels = {unit: group.fastest() for group in groups for unit in group.units}
-        if set(levels.values()) == {STOCK}:
-            return Tuned(levels, STOCK, model.levels[-1], groups, None, threads, batch)
-        progress.stage("tuning: verdict")
-        measurement = _whole_models(saved, levels, feeds, seconds * (1 - RANKING_SHARE), progress.step)
-    kept = kept_system(measurement)
-    if kept != CHOSEN:
-        levels = dict(model.uniform(kept))
-    uniform = next((name for name in model.levels if dict(model.uniform(name)) == levels), None)
-    against = None if uniform == STOCK else measurement.compare(kept, STOCK)
-    return Tuned(levels, uniform, model.levels[-1], groups, against, threads, batch)
+        systems = {name: model.uniform(name) for name in model.levels}
+        chosen = next((name for name, uniform in systems.items() if uniform == levels), CHOSEN)
+        systems |= {chosen: levels}
+        kept, against = chosen, None
+        if chosen != STOCK:
+            progress.stage("tuning: verdict")
+            measurement = _whole_models(saved, systems, feeds, seconds * (1 - RANKING_SHARE), progress.step)
+            kept = kept_system(measurement, chosen)
+            against = measurement.compare(kept, STOCK) if kept != STOCK else None
+    uniform_name = kept if kept in model.levels else None
+    return Tuned(systems[kept], uniform_name, model.levels[-1], groups, against, threads, batch)
 
 
 NATIVE_SUFFIX, TUNED_SUFFIX = "-native", "-tuned"
@@ -139,15 +149,8 @@ SITES_ONLY = (STOCK, "site")
 
 
 def tuned_levels(tuned: Tuned) -> dict[Precision, dict[str, str]]:
-    """The levels of the candidates that are no uniform level, which the recipe offers anyway."""
-    found = {}
-    if tuned.uniform not in (STOCK, tuned.coarsest):
-        found[Precision.FP32] = tuned.levels
-    sites = tuned.among(SITES_ONLY)
-    offered = {unit for group in tuned.groups if "site" in group.levels for unit in group.units}
-    if len({sites[unit] for unit in offered}) > 1:
-        found[Precision.INT8] = sites
-    return found
+    """The levels of each unit, by precision: what the recipe offers candidates by."""
+    return {Precision.FP32: tuned.levels, Precision.INT8: tuned.among(SITES_ONLY)}
 
 
 def is_tuned(candidate: Built, tuned: Tuned) -> bool:
@@ -158,20 +161,11 @@ def is_tuned(candidate: Built, tuned: Tuned) -> bool:
     return candidate.id == f"{candidate.target}-{candidate.precision}{suffix}"
 
 
-def kept_system(measurement: Measurement) -> str:
-    """What of a run of whole models (stock, uniform levels, perhaps the chosen mixture) is kept: the mixture, unless a
-    uniform level is clearly faster; and stock, unless that is clearly faster than stock."""
-    names = list(measurement.samples_ms)
-    found = CHOSEN if CHOSEN in names else _fastest(measurement, names)
-    better = [name for name in names if name != found and measurement.clearly_faster(name, found)]
-    if better:
-        found = _fastest(measurement, better)
-    return found if found == STOCK or measurement.clearly_faster(found, STOCK) else STOCK
-
-
-def _fastest(measurement: Measurement, names: Sequence[str]) -> str:
-    """Against stock, by the paired rounds."""
-    return max(names, key=lambda name: measurement.compare(name, STOCK).ratio)
+def kept_system(measurement: Measurement, chosen: str) -> str:
+    """What of a run of whole models is kept: the chosen one, unless others (stock, a uniform level) are clearly faster;
+    of those the one that gains most."""
+    others = [name for name in measurement.samples_ms if name != chosen and measurement.clearly_faster(name, chosen)]
+    return max(others, key=lambda name: measurement.compare(name, chosen).ratio, default=chosen)
 
 
 class _Saved:
@@ -181,21 +175,34 @@ class _Saved:
         self.model = model
         self.threads = threads
         self._folder = folder
-        self._paths: dict[tuple[tuple[str, str], ...], Path] = {}
+        self._files: dict[tuple[tuple[str, str], ...], tuple[Path, ...]] = {}
 
-    def path(self, levels: Levels) -> Path:
+    def files(self, levels: Levels) -> tuple[Path, ...]:
+        """The model first."""
         key = tuple(sorted(levels.items()))
-        if key not in self._paths:
-            self._paths[key] = self.model.save(levels, self._folder / f"{len(self._paths)}.onnx")[0]
-        return self._paths[key]
+        if key not in self._files:
+            self._files[key] = self.model.save(levels, self._folder / f"{len(self._files)}.onnx")
+        return self._files[key]
 
     def system(self, name: str, levels: Levels, feeds: Mapping[str, Array]) -> tuple[System, Callable[[], None]]:
         """An opened session to measure, and what closes it."""
         session = runtimes.open_session(
-            Target.ONNXRUNTIME_CPU, self.path(levels), inputs=self.model.inputs, outputs=self.model.outputs,
+            Target.ONNXRUNTIME_CPU, self.files(levels)[0], inputs=self.model.inputs, outputs=self.model.outputs,
             threads=self.threads, library=True,
         )  # fmt: skip
         return System(name, lambda: session.run(feeds)), session.close
+
+
+def _check_memory(saved: _Saved) -> None:
+    model_mb = sum(f.stat().st_size for f in saved.files(saved.model.uniform(STOCK))) / BYTES_PER_MB
+    needed_mb = COPIES * model_mb * (len(saved.model.levels) + 1)
+    total_mb = environment.host()["memory_total_mb"]
+    if isinstance(total_mb, int) and needed_mb > MEMORY_SHARE * total_mb:
+        raise UnavailableError(
+            "there is not enough memory to tune", got=f"{total_mb} MB in all",
+            expected=f"{needed_mb / MEMORY_SHARE:.0f} MB for sessions of every level beside each other",
+            next_step="tune on a host with more memory",
+        )  # fmt: skip
 
 
 def _call_ms(saved: _Saved, feeds: Mapping[str, Array]) -> float:
@@ -217,7 +224,7 @@ def _ranked(
     with contextlib.ExitStack() as stack:
         sessions = {
             level: stack.enter_context(
-                ProfiledSession(saved.path(model.uniform(level)), threads=saved.threads, library=True)
+                ProfiledSession(saved.files(model.uniform(level))[0], threads=saved.threads, library=True)
             )
             for level in model.levels
         }
@@ -240,15 +247,13 @@ def _recorded(calls: Sequence[list[runtimes.RunNode]], rounds: int, per_round: i
 
 
 def _whole_models(
-    saved: _Saved, chosen: Levels, feeds: Mapping[str, Array], seconds: float, step: Callable[[int, int], None]
-) -> Measurement:
-    """Stock, every uniform level and the chosen levels, in turns and without a profile; what is the same once."""
-    systems: dict[tuple[tuple[str, str], ...], tuple[str, Levels]] = {}
-    for name, levels in [*((name, saved.model.uniform(name)) for name in saved.model.levels), (CHOSEN, chosen)]:
-        systems.setdefault(tuple(sorted(levels.items())), (name, levels))
+    saved: _Saved, systems: Mapping[str, Levels], feeds: Mapping[str, Array], seconds: float,
+    step: Callable[[int, int], None],
+) -> Measurement:  # fmt: skip
+    """In turns, and without a profile."""
     with contextlib.ExitStack() as stack:
         opened = []
-        for name, levels in systems.values():
+        for name, levels in systems.items():
             system, close = saved.system(name, levels, feeds)
             stack.callback(close)
             opened.append(system)

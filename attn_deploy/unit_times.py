@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from attn_deploy.latency import Measurement
+from attn_deploy.latency import FASTER, tail_percent, verdict
 from attn_deploy.readback import is_of
 from attn_deploy.session import Array
 
@@ -45,24 +45,55 @@ TO_PLAIN, TO_BLOCKED = "ReorderOutput", "ReorderInput"
 first before it and the second behind it, under names of their own."""
 
 
+QUARTILE = 0.25
+"""Of a unit's calls the time that is quoted. A call that another process took part of the CPU from is longer, never
+shorter, and a unit is short enough for most of its calls to be left in peace, which a whole model's are not."""
+
+RESAMPLES = 500
+
+
 @dataclass(frozen=True)
 class GroupTimes:
-    """Alike units, measured together: `measurement` holds the milliseconds of all of them by level."""
+    """Alike units, measured together. `samples_us`: float64[rounds, calls, units] by level; row r of every level is
+    from the same round."""
 
     units: tuple[str, ...]
-    levels: tuple[str, ...]
-    measurement: Measurement
+    samples_us: Mapping[str, Array]
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The plainest first."""
+        return tuple(self.samples_us)
 
     def fastest(self, levels: Sequence[str] | None = None) -> str:
         """The plainest of the levels (default: all) than which the fastest is not clearly faster."""
         offered = [level for level in self.levels if levels is None or level in levels]
         best = min(offered, key=self.time_us)
-        faster = self.measurement.clearly_faster
-        return next(level for level in offered if level == best or not faster(best, level))
+        return next(level for level in offered if level == best or verdict(*self.gain(best, level)) != FASTER)
 
     def time_us(self, level: str) -> float:
-        """Of one unit, the median over calls."""
-        return float(np.median(self.measurement.samples_ms[level])) * 1e3 / len(self.units)
+        """Of one unit."""
+        return float(_times(self.samples_us[level])) / len(self.units)
+
+    def gain(self, level: str, over: str) -> tuple[float, tuple[float, float]]:
+        """The time at level `over` divided by that at `level`, with its bootstrap 95 % interval: rounds are drawn, the
+        same of both."""
+        ratio = self.time_us(over) / self.time_us(level)
+        if level == over:
+            return ratio, (ratio, ratio)
+        rounds = self.samples_us[level].shape[0]
+        picks = np.random.default_rng(0).integers(rounds, size=(RESAMPLES, rounds))
+        ratios = [_times(self.samples_us[over][rows]) / _times(self.samples_us[level][rows]) for rows in picks]
+        tail = tail_percent(rounds)
+        low, high = np.percentile(ratios, [tail, 100.0 - tail])
+        return ratio, (float(low), float(high))
+
+
+def _times(samples_us: Array) -> np.float64:
+    """Of all units together, each by its lower quartile over calls."""
+    calls = samples_us.reshape(-1, samples_us.shape[-1])
+    place = int(QUARTILE * (len(calls) - 1))
+    return np.partition(calls, place, axis=0)[place].sum()
 
 
 def group_times(groups: Sequence[Sequence[Unit]], calls: Mapping[str, Calls], rounds: int) -> list[GroupTimes]:
@@ -73,11 +104,10 @@ def group_times(groups: Sequence[Sequence[Unit]], calls: Mapping[str, Calls], ro
     times = {level: _unit_times(units, of_level, recording_us) for level, of_level in calls.items()}
     found, place = [], 0
     for group in groups:
-        levels = tuple(level for level in group[0].levels if level in calls)
-        samples = {
-            level: times[level][:, place : place + len(group)].sum(axis=1).reshape(rounds, -1) / 1e3 for level in levels
-        }
-        found.append(GroupTimes(tuple(unit.name for unit in group), levels, Measurement(samples)))
+        columns = slice(place, place + len(group))
+        levels = (level for level in group[0].levels if level in calls)
+        samples_us = {level: times[level][:, columns].reshape(rounds, -1, len(group)) for level in levels}
+        found.append(GroupTimes(tuple(unit.name for unit in group), samples_us))
         place += len(group)
     return found
 

@@ -60,13 +60,17 @@ def _goals(models: dict[str, Any]) -> str:
             continue
         plain, openvino = systems["onnxruntime"]["ratio"], systems["openvino"]["ratio"]
         better = min(plain, openvino)
+        best = min(system["ratio"] for peer, system in systems.items() if peer.startswith("onnxruntime"))
         rows.append(
             [name, f"{systems[OURS]['p50_ms']:.2f}", _share(case), _against(plain, plain_goal),
-             _against(openvino, openvino_goal), _against(better, stretch)]
+             _against(openvino, openvino_goal), _against(better, stretch), f"{best:.2f}"]
         )  # fmt: skip
     head = ["model", "ours, ms", "share of the FMA ceiling", "over plain ONNX Runtime", "over OpenVINO",
-            "over the better (stretch)"]  # fmt: skip
-    return _table(head, rows) + "\nBold: the goal, behind it, is met.\n"
+            "over the better (stretch)", "over the best of ONNX Runtime"]  # fmt: skip
+    return _table(head, rows) + (
+        "\nBold: the goal, behind it, is met. The best of ONNX Runtime: whichever of its settings and tools below is "
+        "the fastest.\n"
+    )
 
 
 def _against(ratio: float, goal: float) -> str:

@@ -72,8 +72,8 @@ def open_session(
     library: bool = False,
     options: Mapping[str, str] | None = None,
 ) -> OnnxRuntimeSession:
-    """`options` are empty, or {"layout": "blocked"}: the graph that `prepare` made for this host runs where it is in the
-    device cache, else the stock graph, which a RuntimeWarning says.
+    """`options` are empty, or {"layout": "blocked"}: the graph that `prepare` made for this host runs where it is in
+    the device cache, else the stock graph, which a RuntimeWarning says.
 
     Raises UnavailableError without onnxruntime, AttnDeployError when it rejects the model."""
     session = _blocked(model, threads, library) if _asks_blocked(options) else None

@@ -30,8 +30,8 @@ from attn_deploy.runtimes.onnxruntime import availability, create_session, sessi
 from attn_deploy.session import Array
 
 KIND = "onnxruntime-blocked"
-TESTED = ("1.32.0",)
-"""Versions of ONNX Runtime whose optimized graphs the tests rewrite (tests/runtimes/test_blocked.py)."""
+TESTED = ("1.20.1", "1.21.1", "1.24.4", "1.28.0", "1.31.1", "1.32.0")
+"""Versions of ONNX Runtime whose optimized graphs the tests rewrite (tests/runtimes/test_blocked_releases.py)."""
 
 RULES = "1"
 """Version of the rewriting rules: what other ones made is made again."""

@@ -37,13 +37,13 @@ def _form(norm: bool, activation: str, residual: bool) -> Form:
         -> [..., out]."""
         check(x, weight, bias)
         if norm:
-            layer_norm.check(x, *others[:2])
+            layer_norm.check(x, others[0], others[1])
         shape = (*x[:-1], weight[1])
         require(not residual or others[-1] == shape, f"residual must be {shape}, got {others[-1:]}")
         return (shape,)
 
     def reference(x: Array, weight: Array, bias: Array, *others: Array, epsilon: float = 0.0) -> tuple[Array, ...]:
-        rows = layer_norm.reference(x, *others[:2], epsilon) if norm else x.astype(np.float64)
+        rows = layer_norm.reference(x, others[0], others[1], epsilon) if norm else x.astype(np.float64)
         result = activations.ACTIVATIONS[activation](rows @ weight.astype(np.float64) + bias.astype(np.float64))
         return (result + others[-1].astype(np.float64) if residual else result,)
 

@@ -58,13 +58,14 @@ def tuning_sentence(tuning: Tuning) -> str:
     """Where it was measured, and the whole model's verdict."""
     place = f"measured on {tuning.cpu} with {tuning.threads} threads, batch {tuning.batch}"
     if tuning.ratio is None or tuning.ratio_ci95 is None:
-        return f"{place}: nothing is clearly faster than stock, which is kept"
+        return f"{place}: stock is kept, than which nothing is clearly faster"
     return f"{place}: {tuning.ratio:.2f}x {_interval(tuning.ratio_ci95)} over stock, the whole model in a second run"
 
 
 LEVELS_NOTE = (
-    "us: one part inside the whole model, the median over calls. stock: ONNX Runtime's operators; site: our kernel for "
-    "the attention alone; linear: its linear layers too, each with what stands around it; block: all in one kernel"
+    "us: one part inside the whole model, the lower quartile over calls. stock: ONNX Runtime's operators; site: our "
+    "kernel for the attention alone; linear: its linear layers too, each with what stands around it; block: all in one "
+    "kernel"
 )
 
 

@@ -85,7 +85,7 @@ class _Tokens:
         for position, operand in enumerate(node.inputs):
             if operand is not None and operand in operands:
                 node.replace_input_with(position, self._flattened(node, operand))
-        restored = reshaped_behind(self.model, node, _tokens(result), [0, *dims(result)[1:]])
+        restored = reshaped_behind(self.model, node, _tokens(result), [0, *_lengths(result)])
         self.flat[restored] = result
 
     def _flattened(self, reader: ir.Node, value: ir.Value) -> ir.Value:
@@ -136,10 +136,15 @@ def _same_rows(source: ir.Value, result: ir.Value) -> bool:
 
 def _tokens(value: ir.Value) -> tuple[int | str | None, ...]:
     """The shape as [batch, tokens, channels]; empty for what has rank 3 or less, or lengths that are not known."""
-    shape = dims(value)
-    if len(shape) < 4 or not all(isinstance(d, int) for d in shape[1:]):
+    shape, lengths = dims(value), _lengths(value)
+    if len(shape) < 4 or len(lengths) < len(shape) - 1:
         return ()
-    return (shape[0], math.prod(int(d) for d in shape[1:-1]), shape[-1])
+    return (shape[0], math.prod(lengths[:-1]), lengths[-1])
+
+
+def _lengths(value: ir.Value) -> list[int]:
+    """The known lengths behind the batch."""
+    return [d for d in dims(value)[1:] if isinstance(d, int)]
 
 
 def _read_past_reshapes(node: ir.Node) -> None:

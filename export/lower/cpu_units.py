@@ -124,7 +124,7 @@ class _Match:
     def lower(self, fuser: Fuser, level: str, kernels: frozenset[str]) -> None:
         if level == BLOCK and isinstance(self.block, FeedForward):
             fuse_feed_forward(fuser, self.block)
-        elif level == BLOCK and self.block is not None:
+        elif level == BLOCK and isinstance(self.block, AttentionBlock):
             fuse_attention_block(fuser, self.block)
         elif level == LINEAR:
             for layer in self.layers:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from attn_deploy.runtimes.blocked.activations import activate, enter_activations
+from attn_deploy.runtimes.blocked.activations import activate, enter_activations, join_hardswish
+from attn_deploy.runtimes.blocked.convolutions import depthwise, pointwise, pool_before
 from attn_deploy.runtimes.blocked.elementwise import enter_sums
 from attn_deploy.runtimes.blocked.excitation import excite
 from attn_deploy.runtimes.blocked.gates import gate
@@ -26,7 +27,13 @@ __all__ = ["RULES", "VERSION", "Rewritten", "rewrite"]
 VERSION = "1"
 """Of the rules: what an older version made is made again."""
 
-RULES: tuple[Callable[[Layout], int], ...] = (enter_pools, excite, gate, enter_activations, enter_sums, activate)
+RULES: tuple[tuple[Callable[[Layout], int], ...], ...] = (
+    (join_hardswish,),
+    (enter_pools, excite, gate, enter_activations, enter_sums),
+    (pool_before, pointwise, depthwise),
+    (activate,),
+)
+"""What was written out; into the layout; into the convolutions; what is left. Each group until nothing changes."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +58,11 @@ def rewrite(model: onnx.ModelProto, block: int, operators: frozenset[str]) -> Re
     infer_shapes(graph, block)
     layout = Layout(graph, block, operators)
     fired: dict[str, int] = {}
-    while True:
-        counts = {rule.__name__: rule(layout) for rule in RULES}
-        graph.drop_dead()
-        if not any(counts.values()):
-            break
-        fired = {name: fired.get(name, 0) + count for name, count in counts.items() if fired.get(name, 0) + count}
+    for group in RULES:
+        while counts := {rule.__name__: count for rule in group if (count := rule(layout))}:
+            graph.drop_dead()
+            for name, count in counts.items():
+                fired[name] = fired.get(name, 0) + count
     if not fired:
         return "the graph has nothing that our operators could do in the blocked layout"
     finished = graph.finish()

@@ -33,6 +33,26 @@ def activation(node: onnx.NodeProto | None) -> str | None:
     return names.get(node.op_type) if is_a(node, "", *names) else None
 
 
+def join_hardswish(layout: Layout) -> int:
+    """x * HardSigmoid(x), as older versions of ONNX Runtime write HardSwish out, is one node again: it is no gate."""
+    graph = layout.graph
+    joined = 0
+    for node in list(graph.nodes):
+        hard = next((p for p in map(graph.producer, node.input) if activation(p) == "HardSigmoid"), None)
+        if hard is None or not is_a(node, "", "Mul") or set(node.input) != {hard.input[0], hard.output[0]}:
+            continue
+        if graph.only_consumer(hard.output[0]) is None or node.output[0] in graph.outputs:
+            continue
+        (value,) = graph.add(
+            "HardSwish", [hard.input[0]], name=node.name, domain="", shapes=[graph.shape(node.output[0])]
+        )
+        graph.replace(node.output[0], value)
+        graph.remove(node)
+        graph.remove(hard)
+        joined += 1
+    return joined
+
+
 def enter_activations(layout: Layout) -> int:
     """`activation(x)` on what ReorderOutput gives -> the same in front of it, where it leaves 0 as it is."""
     graph = layout.graph

@@ -42,7 +42,12 @@ def _gate(layout: Layout, product: onnx.NodeProto) -> int:
     plain = chain[-1].output[0]
     if operator not in layout.operators or plain in graph.outputs:
         return 0
-    vector = gate_value if per_pixel else layout.enter(gate_value, source.channels, product.name).value
+    vector = gate_value
+    if not per_pixel:
+        entered = layout.enter(gate_value, source.channels, product.name)
+        if entered is None:
+            return 0
+        vector = entered.value
     inputs = [source.value, vector, *([residual.value] if residual is not None else [])]
     (made,) = layout.add(
         operator, inputs, channels=source.channels, name=product.name,

@@ -19,6 +19,9 @@ OURS = "attn_deploy"
 
 Dims = tuple[int | str, ...]
 
+_MADE = "/blocked/"
+"""Stands in the names of nodes that were added, after the name of the node that they were made from."""
+
 
 class Graph:
     """The main graph of a model that ONNX Runtime saved: no subgraph reads its values, and every shape is inferred.
@@ -66,6 +69,11 @@ class Graph:
         tensor = self._initializers.get(value)
         return None if tensor is None else numpy_helper.to_array(tensor)
 
+    def constant_shape(self, value: str) -> tuple[int, ...] | None:
+        """Of an initializer; None for any other value."""
+        tensor = self._initializers.get(value)
+        return None if tensor is None else tuple(tensor.dims)
+
     def add_constant(self, content: Array, like: str) -> str:
         """A new initializer named after `like`."""
         from onnx import numpy_helper
@@ -84,10 +92,9 @@ class Graph:
         inputs = list(inputs)
         while inputs and not inputs[-1]:
             inputs.pop()
-        outputs = [self._fresh(f"{name}/{operator}") for _ in shapes]
-        node = helper.make_node(
-            operator, inputs, outputs, name=self._fresh(f"{name}/{operator}"), domain=domain, **(attributes or {})
-        )
+        name = f"{name.partition(_MADE)[0].rstrip('/')}{_MADE}{operator}"
+        outputs = [self._fresh(name) for _ in shapes]
+        node = helper.make_node(operator, inputs, outputs, name=outputs[0], domain=domain, **(attributes or {}))
         for output, dims in zip(outputs, shapes, strict=True):
             if dims is not None:
                 self._shapes[output] = dims

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 
 OPERATORS_PREFIX = "Blocked"
+REORDERED_CHANNELS = 4
+"""nchwc.ReorderInput takes multiples of this many channels."""
+
 _MAKERS = ("Conv", "ReorderInput", "MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool", "Upsample")
 _ELEMENTWISE = ("Relu", "HardSwish", "Gelu", "Sigmoid", "HardSigmoid", "Add", "Concat")
 
@@ -68,14 +71,17 @@ class Layout:
         dims = self.graph.shape(value)
         return dims[1] if dims is not None and len(dims) == 4 and isinstance(dims[1], int) else None
 
-    def enter(self, plain: str, channels: int, name: str) -> Map:
-        """The plain value [batch, channels, height, width] in the layout, reordered where it was not made there."""
+    def enter(self, plain: str, channels: int, name: str) -> Map | None:
+        """The plain value [batch, channels, height, width] in the layout, reordered where it was not made there; None
+        where ONNX Runtime's reorder does not take that number of channels."""
         found = self.blocked(plain)
         if found is not None:
             return found
         for node in self.graph.consumers(plain):
             if is_a(node, NCHWC, "ReorderInput") and not attribute(node, "channels_last", 0):
                 return Map(node.output[0], channels)
+        if channels % REORDERED_CHANNELS:
+            return None
         (value,) = self.graph.add(
             "ReorderInput", [plain], name=name, domain=NCHWC, shapes=[self.shape_of(plain, channels)],
             attributes={"channels_last": 0},

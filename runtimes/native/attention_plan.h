@@ -49,8 +49,8 @@ struct AttentionBlocks {
   int64_t scratch_floats = 0;   // of each thread
 };
 
-// Blocks for the instruction set that runs here; each head's rows are split into `parts`, or into what is best where that
-// is 0. Every dim but batch, windows, heads and query_len is at least 1.
+// Blocks for the instruction set that runs here; each head's rows are split into `parts`, or into what is best where
+// that is 0. Every dim but batch, windows, heads and query_len is at least 1.
 AttentionBlocks SplitAttention(const AttentionProblem& problem, int64_t parts = 0);
 
 // Runs block `block` of blocks.count. Blocks may run at the same time, each with scratch memory of its own.

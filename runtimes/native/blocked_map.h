@@ -1,5 +1,5 @@
-// What operators on ONNX Runtime's blocked layout (NCHWc) share. They live in graphs that ONNX Runtime has optimized for
-// this CPU, between its own blocked convolutions, and are no forms: no model that leaves a machine has them.
+// What operators on ONNX Runtime's blocked layout (NCHWc) share. They live in graphs that ONNX Runtime has optimized
+// for this CPU, between its own blocked convolutions, and are no forms: no model that leaves a machine has them.
 #pragma once
 
 #include <string>
@@ -68,7 +68,7 @@ ort::OrtStatus* ParallelPieces(const ort::OrtApi& api, const ort::OrtKernelConte
 // Shape of input 0 with one pixel.
 bool LikePooledFirstInput(const std::vector<Shape>& inputs, Shape* output, int (&from)[kMaxRank]);
 
-// CpuOp::MakeKernel of operators whose kernel class is made of the operator and the node's name, and reads nothing else.
+// CpuOp::MakeKernel of operators whose kernel class is made of the operator and the node's name.
 template <typename BlockedKernelOfOp>
 ort::OrtStatus* MakeBlocked(const CpuOp& op, const ort::OrtKernelInfo* info, std::string node_name,
                             std::unique_ptr<Kernel>* kernel) {

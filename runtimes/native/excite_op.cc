@@ -83,7 +83,8 @@ OrtStatus* ExciteKernel::Pack(const OrtKernelInfo* info) {
     if (!given[i].present) return Fail(std::string(op.inputs[i + 1].name) + " is no constant");
   }
   reduced_ = given[0].shape.rank == 2 ? given[0].shape.dims[0] : 0;
-  const Shape expected[4] = {{2, {reduced_, channels()}}, {1, {reduced_}}, {2, {channels(), reduced_}}, {1, {channels()}}};
+  const Shape expected[4] = {
+      {2, {reduced_, channels()}}, {1, {reduced_}}, {2, {channels(), reduced_}}, {1, {channels()}}};
   for (size_t i = 0; i < 4; ++i) {
     if (reduced_ < 1 || given[i].shape != expected[i] || given[i].type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
       return Fail(std::string(op.inputs[i + 1].name) + " has shape " + ToString(given[i].shape) + "; expected " +

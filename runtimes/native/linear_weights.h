@@ -17,8 +17,8 @@ struct LinearInputs {
 
 class LinearWeights {
  public:
-  // weight [in, out], bias [out], norm_scale and norm_bias [in], all constants: else an error with the node's name. What
-  // LayerNorm multiplies and adds is made part of weight and bias, in double. Throws std::bad_alloc.
+  // weight [in, out], bias [out], norm_scale and norm_bias [in], all constants: else an error with the node's name.
+  // What LayerNorm multiplies and adds is made part of weight and bias, in double. Throws std::bad_alloc.
   ort::OrtStatus* Read(const Kernel& kernel, const ort::OrtKernelInfo* info, const LinearInputs& inputs);
 
   PackedWeights packed() const { return packed_; }

@@ -1,10 +1,27 @@
-"""Transformers in miniature, each with what another one has not, for the tests of the CPU's lowering."""
+"""Transformers in miniature, each with what another one has not, and their exports, for tests of the CPU's lowering."""
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
+import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from attn_deploy.export.canonical import CanonicalModel
+from attn_deploy.export.capture import CapturedModel, capture
+from attn_deploy.export.lower import onnxruntime_cpu
+from attn_deploy.export.lower.cpu_units import LEVELS, Unit, fusible_units
+from attn_deploy.export.recognize import recognize
+from attn_deploy.export.rewrite import RewrittenModel, rewrite
+from attn_deploy.export.sources import LoadedSource
+from attn_deploy.export.to_onnx import to_onnx
+from attn_deploy.inputs import parse_input
+from attn_deploy.ops import FORMS
+from attn_deploy.session import DimBounds
+from attn_deploy.target import Precision
 
 DIM, HEADS = 16, 2
 
@@ -154,3 +171,56 @@ class Decoder(nn.Module):
             x = self.own(x)
             x = x + self.cross(self.norm(x), memory)
         return x
+
+
+class GatedConvolutions(nn.Module):
+    """x [batch, 3, 8, 8] -> [batch, 5]: a residual block with squeeze-and-excitation as in SE-ResNet, and a stem."""
+
+    INPUTS = ("x=1x3x8x8",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv1, self.conv2 = nn.Conv2d(3, DIM, 3, 2, 1), nn.Conv2d(DIM, DIM, 1), nn.Conv2d(DIM, DIM, 1)
+        self.fc1, self.fc2 = nn.Conv2d(DIM, 4, 1), nn.Conv2d(4, DIM, 1)
+        self.head = nn.Linear(DIM, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        y = self.conv2(F.relu(self.conv1(x)))
+        gate = torch.sigmoid(self.fc2(F.relu(self.fc1(y.mean((2, 3), keepdim=True)))))
+        return self.head(F.relu(y * gate + x).mean((2, 3)))
+
+
+TRANSFORMERS = (VisionTransformer, WindowTransformer, PostNormEncoder, Decoder)
+MODELS: dict[str, type[nn.Module]] = {model.__name__: model for model in (*TRANSFORMERS, GatedConvolutions)}
+ALL = frozenset(FORMS)
+
+
+@dataclass(frozen=True)
+class Made:
+    captured: CapturedModel
+    rewritten: RewrittenModel
+    canonical: CanonicalModel
+
+    def units(self, kernels: frozenset[str] = ALL) -> dict[str, Unit]:
+        return {unit.name: unit for unit in fusible_units(self.canonical, kernels)}
+
+    def lower(self, level: str | None, kernels: frozenset[str] = ALL) -> ir.Model:
+        """Every unit at this level or the next plainer one that it has; None for the recipe's own choice."""
+        fuse = None if level is None else {u.name: plainer(level, u) for u in self.units(kernels).values()}
+        return onnxruntime_cpu.lower(self.canonical, Precision.FP32, native=kernels, fuse=fuse).model
+
+
+def plainer(level: str, unit: Unit) -> str:
+    return next(found for found in reversed(LEVELS[: LEVELS.index(level) + 1]) if found in unit.levels)
+
+
+@functools.cache
+def exported(name: str) -> Made:
+    """Each model is exported once in a process."""
+    torch.manual_seed(1)
+    module = MODELS[name]().eval()
+    inputs = tuple(parse_input(text) for text in module.INPUTS)  # type: ignore[union-attr]
+    model = capture(LoadedSource("tiny", "tiny", module, inputs, "as they are"), {"batch": DimBounds()})
+    rewritten = rewrite(model, recognize(model))
+    return Made(model, rewritten, to_onnx(rewritten))

@@ -346,7 +346,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
 }
 
 
-@pytest.mark.parametrize("case", MODELS)
+ALSO_SLOW = {
+    "ResNet with ECA", "ResNet with global context, added", "ResNet with coordinate attention",
+    "ResNet with split attention", "ResNet with selective kernels",
+}  # fmt: skip
+"""Under `make test-all`: a ResNet again, with a layer that is in `TINY`, test_recognize_gates.py or tests/coverage."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case in ALSO_SLOW else ()) for case in MODELS]
+)
 def test_every_anchor_of_a_model_is_one_site_or_one_skip(case: str, captured: Capture) -> None:
     make, inputs, expected = MODELS[case]
     torch.manual_seed(0)

@@ -8,36 +8,49 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+import torch
+from torch import Tensor, nn
 
 from attn_deploy.export.alike import alike
 from attn_deploy.export.canonical import CanonicalModel
+from attn_deploy.export.capture import capture
 from attn_deploy.export.levelled import LevelledModel
 from attn_deploy.export.lower import onnxruntime_cpu
 from attn_deploy.export.lower.lowered import Conditions
 from attn_deploy.export.recognize import recognize
 from attn_deploy.export.rewrite import rewrite
+from attn_deploy.export.sources import LoadedSource
 from attn_deploy.export.to_onnx import to_onnx
+from attn_deploy.inputs import parse_input
 from attn_deploy.ops import DOMAIN, FORMS
+from attn_deploy.session import DimBounds
 from attn_deploy.target import Precision
 
 sys.path.insert(0, str(Path(__file__).parent))  # for cpu_models
 
-from cpu_models import VisionTransformer
+from cpu_models import DIM, Attention, PreNorm
+
+
+class Layers(nn.Module):
+    """Three equal layers, and one with another activation: x [batch, 6, DIM] -> the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        activations = (nn.GELU(), nn.GELU(), nn.GELU(), nn.ReLU())
+        self.blocks = nn.Sequential(*(PreNorm(Attention(), activation) for activation in activations))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
 
 ALL = frozenset(FORMS)
 
 
 @pytest.fixture(scope="module")
 def canonical() -> CanonicalModel:
-    """Three layers of ViT: the last one's queries are of one token alone."""
-    from attn_deploy.export.capture import capture
-    from attn_deploy.export.sources import LoadedSource
-    from attn_deploy.inputs import parse_input
-    from attn_deploy.session import DimBounds
-
-    module = VisionTransformer().eval()
-    inputs = tuple(parse_input(text) for text in module.INPUTS)
-    model = capture(LoadedSource("tiny", "tiny", module, inputs, "as they are"), {"batch": DimBounds()})
+    torch.manual_seed(0)
+    source = LoadedSource("tiny", "tiny", Layers().eval(), (parse_input(f"x=1x6x{DIM}"),), "as they are")
+    model = capture(source, {"batch": DimBounds()})
     return to_onnx(rewrite(model, recognize(model)))
 
 
@@ -48,17 +61,10 @@ def operators(path: Path) -> Counter[str]:
 def test_alike_layers_are_one_group_and_others_are_not(canonical: CanonicalModel) -> None:
     model = LevelledModel(canonical, ALL)
     groups = [{unit.name for unit in group} for group in model.groups]
-    assert {"blocks.0.mlp/FeedForward", "blocks.1.mlp/FeedForward"} <= groups[
-        _place(groups, "blocks.0.mlp/FeedForward")
-    ]
-    first = "blocks.0.attn/PackedAttention"
-    assert "blocks.1.attn/PackedAttention" in groups[_place(groups, first)]
-    assert "blocks.0.mlp/FeedForward" not in groups[_place(groups, first)]
-    assert sum(map(len, groups)) == len(model.units)
-
-
-def _place(groups: list[set[str]], unit: str) -> int:
-    return next(number for number, group in enumerate(groups) if unit in group)
+    assert {f"blocks.{n}.attn/PackedAttention" for n in range(4)} in groups
+    assert {f"blocks.{n}.mlp/FeedForward" for n in range(3)} in groups
+    assert {"blocks.3.mlp/FeedForward"} in groups
+    assert len(model.units) == 8
 
 
 class _Part:
@@ -107,10 +113,19 @@ def test_a_model_is_saved_at_the_levels_asked(canonical: CanonicalModel, tmp_pat
 def test_what_tuning_chose_stands_between_stock_and_everything_native(
     canonical: CanonicalModel, precision: Precision
 ) -> None:
-    levels = {"blocks.0.attn/PackedAttention": "site"}
+    levels = LevelledModel(canonical, ALL).uniform("stock") | {"blocks.0.attn/PackedAttention": "site"}
     offered = onnxruntime_cpu.alternatives(canonical, precision, Conditions(ALL, tuned={precision: levels}))
     assert [a.suffix for a in offered][:3] == ["", "-tuned", "-native"]
-    lowered = onnxruntime_cpu.lower(canonical, precision, **offered[1].arguments)
+    lowered = onnxruntime_cpu.lower(canonical, precision, **offered[1].arguments)  # no convolution to calibrate
     assert Counter(n.op_type for n in lowered.model.graph if n.domain == DOMAIN) == {"PackedAttention": 1}
-    untuned = onnxruntime_cpu.alternatives(canonical, precision, Conditions(ALL))
-    assert "-tuned" not in [a.suffix for a in untuned]
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT8])
+def test_levels_that_are_offered_anyway_are_no_candidate_of_their_own(
+    canonical: CanonicalModel, precision: Precision
+) -> None:
+    model = LevelledModel(canonical, ALL)
+    coarsest = "block" if precision is Precision.FP32 else "site"
+    for tuned in ({}, {precision: model.uniform("stock")}, {precision: model.uniform(coarsest)}):
+        offered = onnxruntime_cpu.alternatives(canonical, precision, Conditions(ALL, tuned=tuned))
+        assert [a.suffix for a in offered] == ["", "-native"]

@@ -7,82 +7,29 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-import torch
-from torch import nn
 
-from attn_deploy.export.canonical import CanonicalModel
-from attn_deploy.export.capture import CapturedModel, capture
 from attn_deploy.export.lower import onnxruntime_cpu
-from attn_deploy.export.lower.cpu_units import LEVELS, Unit, fusible_units
+from attn_deploy.export.lower.cpu_units import LEVELS, fusible_units
 from attn_deploy.export.lower.lowered import Conditions
-from attn_deploy.export.recognize import recognize
-from attn_deploy.export.rewrite import RewrittenModel, rewrite
 from attn_deploy.export.site_parity import record_sites, site_cases
-from attn_deploy.export.sources import LoadedSource
-from attn_deploy.export.to_onnx import to_onnx
-from attn_deploy.inputs import make_feeds, parse_input
-from attn_deploy.ops import DOMAIN, FORMS
+from attn_deploy.inputs import make_feeds
+from attn_deploy.ops import DOMAIN
 from attn_deploy.parity import sqnr_db
 from attn_deploy.readback import is_of
-from attn_deploy.session import DimBounds
 from attn_deploy.target import Precision
 
 sys.path.insert(0, str(Path(__file__).parent))  # for cpu_models
 
-from cpu_models import Decoder, PostNormEncoder, VisionTransformer, WindowTransformer
+from cpu_models import ALL, MODELS, TRANSFORMERS, exported
 
-Capture = Callable[..., CapturedModel]
-ALL = frozenset(FORMS)
 MIN_DB = 110.0
-
-MODELS: dict[str, type[nn.Module]] = {
-    model.__name__: model for model in (VisionTransformer, WindowTransformer, PostNormEncoder, Decoder)
-}
-
-
-@dataclass(frozen=True)
-class Made:
-    captured: CapturedModel
-    rewritten: RewrittenModel
-    canonical: CanonicalModel
-
-    def units(self, kernels: frozenset[str] = ALL) -> dict[str, Unit]:
-        return {unit.name: unit for unit in fusible_units(self.canonical, kernels)}
-
-    def lower(self, level: str | None, kernels: frozenset[str] = ALL) -> ir.Model:
-        """Every unit at this level or the next plainer one that it has; None for the recipe's own choice."""
-        fuse = None if level is None else {u.name: plainer(level, u) for u in self.units(kernels).values()}
-        return onnxruntime_cpu.lower(self.canonical, Precision.FP32, native=kernels, fuse=fuse).model
-
-
-def plainer(level: str, unit: Unit) -> str:
-    return next(found for found in reversed(LEVELS[: LEVELS.index(level) + 1]) if found in unit.levels)
-
-
-@pytest.fixture(scope="module")
-def made() -> Callable[[str], Made]:
-    """Each model is exported once for all tests of this file."""
-    done: dict[str, Made] = {}
-
-    def make(name: str) -> Made:
-        if name not in done:
-            torch.manual_seed(1)
-            module = MODELS[name]().eval()
-            inputs = tuple(parse_input(text) for text in module.INPUTS)  # type: ignore[union-attr]
-            model = capture(LoadedSource("tiny", "tiny", module, inputs, "as they are"), {"batch": DimBounds()})
-            rewritten = rewrite(model, recognize(model))
-            done[name] = Made(model, rewritten, to_onnx(rewritten))
-        return done[name]
-
-    return make
 
 
 def operators(model: ir.Model) -> dict[str, int]:
@@ -96,11 +43,11 @@ def run(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("level", [*LEVELS, None])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_level_gives_what_pytorch_gives(made: Callable[[str], Made], name: str, level: str | None) -> None:
-    lowered = made(name).lower(level)
+def test_every_level_gives_what_pytorch_gives(name: str, level: str | None) -> None:
+    lowered = exported(name).lower(level)
     for batch in (1, 3):
-        feeds = make_feeds(made(name).captured.inputs, batch=batch, seed=3)
-        expected = made(name).captured.reference(feeds)
+        feeds = make_feeds(exported(name).captured.inputs, batch=batch, seed=3)
+        expected = exported(name).captured.reference(feeds)
         for reference, got in zip(expected.values(), run(lowered, feeds), strict=True):
             assert got.shape == reference.shape
             assert sqnr_db(reference, got) > MIN_DB
@@ -127,41 +74,39 @@ EXPECTED: dict[tuple[str, str], dict[str, int]] = {
 
 
 @pytest.mark.parametrize(("name", "level"), EXPECTED)
-def test_operators_that_are_left(made: Callable[[str], Made], name: str, level: str) -> None:
-    assert operators(made(name).lower(level)) == EXPECTED[name, level]
+def test_operators_that_are_left(name: str, level: str) -> None:
+    assert operators(exported(name).lower(level)) == EXPECTED[name, level]
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_next_to_nothing_stands_between_blocks(made: Callable[[str], Made], name: str) -> None:
+@pytest.mark.parametrize("name", [model.__name__ for model in TRANSFORMERS])
+def test_next_to_nothing_stands_between_blocks(name: str) -> None:
     """A transformer of blocks: shapes, norms and sums of its layers are inside them."""
     at_most = {"VisionTransformer": 11, "WindowTransformer": 6, "PostNormEncoder": 9, "Decoder": 10}
-    lowered = made(name).lower("block")
-    assert sum(node.domain == "" for node in lowered.graph) <= at_most[name], Counter(n.op_type for n in lowered.graph)
+    lowered = exported(name).lower("block")
+    assert sum(node.domain == "" for node in lowered.graph) <= at_most[name]
     assert not {"MatMul", "Gemm", "Gelu", "Sigmoid", "Softmax"} & {n.op_type for n in lowered.graph}
 
 
 @pytest.mark.parametrize("level", [*LEVELS, None])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_name_starts_with_that_of_a_node_of_the_model(
-    made: Callable[[str], Made], name: str, level: str | None
-) -> None:
+def test_every_name_starts_with_that_of_a_node_of_the_model(name: str, level: str | None) -> None:
     """That is how profiles, receipts and localizing tell what runs a module."""
-    lowered = made(name).lower(level)
-    roots = [str(node.name) for node in made(name).canonical.model.graph]
+    lowered = exported(name).lower(level)
+    roots = [str(node.name) for node in exported(name).canonical.model.graph]
     names = [str(node.name) for node in lowered.graph]
     assert len(set(names)) == len(names)
     for own in names:
         assert any(is_of(own, root) for root in roots), own
-    for site in made(name).canonical.sites:
+    for site in exported(name).canonical.sites:
         assert any(is_of(own, site.node) for own in names), site.node
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", MODELS)
-def test_every_site_alone_gives_what_it_gives_in_pytorch(made: Callable[[str], Made], name: str, level: str) -> None:
-    lowered = made(name).lower(level)
-    cases = list(site_cases(made(name).canonical, lowered, record_sites(made(name).rewritten)))
-    assert [case.module for case in cases] == [site.module for site in made(name).canonical.sites]
+def test_every_site_alone_gives_what_it_gives_in_pytorch(name: str, level: str) -> None:
+    lowered = exported(name).lower(level)
+    cases = list(site_cases(exported(name).canonical, lowered, record_sites(exported(name).rewritten)))
+    assert [case.module for case in cases] == [site.module for site in exported(name).canonical.sites]
     for case in cases:
         session = onnxruntime.InferenceSession(case.model, providers=["CPUExecutionProvider"])
         got = session.run(None, dict(case.feeds))[0].reshape(case.expected.shape)
@@ -169,32 +114,32 @@ def test_every_site_alone_gives_what_it_gives_in_pytorch(made: Callable[[str], M
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_units_cover_each_layer_once(made: Callable[[str], Made], name: str) -> None:
-    units, names = made(name).units().values(), {str(n.name) for n in made(name).canonical.model.graph}
+def test_units_cover_each_layer_once(name: str) -> None:
+    units, names = exported(name).units().values(), {str(n.name) for n in exported(name).canonical.model.graph}
     covered = [node for unit in units for node in unit.nodes]
     assert len(covered) == len(set(covered))
     assert set(covered) <= names
     products = {n for n in names if n.rpartition("/")[2].startswith(("MatMul", "Gemm"))}
     assert products <= set(covered)
-    assert {unit.site for unit in units if unit.site} == {site.node for site in made(name).canonical.sites}
+    assert {unit.site for unit in units if unit.site} == {site.node for site in exported(name).canonical.sites}
     assert all(
         unit.levels[0] == "stock" and list(unit.levels) == sorted(unit.levels, key=LEVELS.index) for unit in units
     )
 
 
-def test_unit_of_an_attention_says_what_it_holds(made: Callable[[str], Made]) -> None:
-    unit = made("VisionTransformer").units()["blocks.0.attn/PackedAttention"]
+def test_unit_of_an_attention_says_what_it_holds() -> None:
+    unit = exported("VisionTransformer").units()["blocks.0.attn/PackedAttention"]
     assert unit.levels == LEVELS
     assert unit.site == "blocks.0.attn/PackedAttention"
     # 5 tokens of 16 channels: to 48 and from 16 to 16, and 2 products of 5 x 5 x 16
     assert unit.multiply_adds == 5 * 16 * (48 + 16) + 2 * 5 * 5 * 16
-    mlp = made("VisionTransformer").units()["blocks.0.mlp/FeedForward"]
+    mlp = exported("VisionTransformer").units()["blocks.0.mlp/FeedForward"]
     assert mlp.levels == ("stock", "linear", "block")
     assert mlp.multiply_adds == 2 * 5 * 16 * 24
 
 
-def test_levels_are_what_the_library_allows(made: Callable[[str], Made]) -> None:
-    model = made("PostNormEncoder")
+def test_levels_are_what_the_library_allows() -> None:
+    model = exported("PostNormEncoder")
     site = "attention.0/AttentionMask"
     assert model.units(frozenset({"AttentionMask"}))[site].levels == ("stock", "site")
     # without the kernel for packed operands the three layers stay three
@@ -207,8 +152,8 @@ def test_levels_are_what_the_library_allows(made: Callable[[str], Made]) -> None
     assert model.units(frozenset({"GateSilu"})) == {}
 
 
-def test_a_mixture_of_levels(made: Callable[[str], Made]) -> None:
-    model = made("VisionTransformer")
+def test_a_mixture_of_levels() -> None:
+    model = exported("VisionTransformer")
     fuse = {"blocks.0.attn/PackedAttention": "block", "blocks.1.attn/PackedAttention": "linear",
             "blocks.2.attn/PackedAttention": "stock", "blocks.0.mlp/FeedForward": "linear"}  # fmt: skip
     lowered = onnxruntime_cpu.lower(model.canonical, Precision.FP32, native=ALL, fuse=fuse).model
@@ -219,8 +164,8 @@ def test_a_mixture_of_levels(made: Callable[[str], Made]) -> None:
     assert sqnr_db(model.captured.reference(feeds)["output"], run(lowered, feeds)[0]) > MIN_DB
 
 
-def test_two_layers_with_one_weight_keep_one_tensor(made: Callable[[str], Made]) -> None:
-    lowered = made("Decoder").lower("block")
+def test_two_layers_with_one_weight_keep_one_tensor() -> None:
+    lowered = exported("Decoder").lower("block")
     shapes = Counter(
         tuple(v.const_value.shape) for v in lowered.graph.initializers.values() if v.const_value is not None
     )
@@ -228,8 +173,8 @@ def test_two_layers_with_one_weight_keep_one_tensor(made: Callable[[str], Made])
     assert shapes[16, 24] == 1
 
 
-def test_other_precisions_keep_their_linear_layers(made: Callable[[str], Made]) -> None:
-    canonical = made("PostNormEncoder").canonical
+def test_other_precisions_keep_their_linear_layers() -> None:
+    canonical = exported("PostNormEncoder").canonical
     int8 = onnxruntime_cpu.lower(canonical, Precision.INT8, native=ALL).model
     assert operators(int8) == {"AttentionMask": 2}
     assert Counter(n.op_type for n in int8.graph)["MatMulIntegerToFloat"] == 12
@@ -242,8 +187,8 @@ def test_other_precisions_keep_their_linear_layers(made: Callable[[str], Made]) 
     assert native.arguments == {"native": frozenset({"AttentionMask"})}
 
 
-def test_alternatives_are_offered_where_the_library_can_run_something(made: Callable[[str], Made]) -> None:
-    canonical = made("PostNormEncoder").canonical
+def test_alternatives_are_offered_where_the_library_can_run_something() -> None:
+    canonical = exported("PostNormEncoder").canonical
 
     def suffixes(kernels: frozenset[str]) -> list[str]:
         found = onnxruntime_cpu.alternatives(canonical, Precision.FP32, Conditions(kernels=kernels))
@@ -253,3 +198,43 @@ def test_alternatives_are_offered_where_the_library_can_run_something(made: Call
     assert suffixes(frozenset({"LinearResidual"})) == ["", "-native"]
     assert suffixes(frozenset({"GateSilu", "FeedForwardSilu"})) == [""]
     assert suffixes(frozenset()) == [""]
+
+
+def test_blocked_layout_is_offered_for_convolutions_and_leaves_gates_written_out() -> None:
+    blocked = ALL | {"BlockedGate"}
+    transformer = onnxruntime_cpu.alternatives(
+        exported("VisionTransformer").canonical, Precision.FP32, Conditions(blocked)
+    )
+    assert [a.suffix for a in transformer] == ["", "-native"]
+    canonical = exported("GatedConvolutions").canonical
+    assert [a.suffix for a in onnxruntime_cpu.alternatives(canonical, Precision.FP32, Conditions(ALL))] == [
+        "",
+        "-native",
+    ]
+    *_, native, offered = onnxruntime_cpu.alternatives(canonical, Precision.FP32, Conditions(blocked))
+    assert (native.suffix, offered.suffix, offered.options) == ("-native", "-blocked", {"layout": "blocked"})
+    assert operators(onnxruntime_cpu.lower(canonical, Precision.FP32, **native.arguments).model) == {
+        "GateResidualRelu": 1, "ChannelPoolMean": 1, "Linear": 1
+    }  # fmt: skip
+    assert operators(onnxruntime_cpu.lower(canonical, Precision.FP32, **offered.arguments).model) == {"Linear": 1}
+    (only,) = onnxruntime_cpu.alternatives(canonical, Precision.FP32, Conditions(frozenset({"BlockedGate"})))[1:]
+    assert (only.suffix, only.arguments) == ("-blocked", {})
+
+
+def test_blocked_layout_keeps_what_tuning_chose() -> None:
+    canonical = exported("GatedConvolutions").canonical
+    gate, head = (unit.name for unit in fusible_units(canonical, ALL) if "Pool" not in unit.name)
+    tuned = {Precision.FP32: {gate: "site", head: "linear"}}
+    conditions = Conditions(ALL | {"BlockedGate"}, tuned=tuned)
+    found = {a.suffix: a for a in onnxruntime_cpu.alternatives(canonical, Precision.FP32, conditions)}
+    assert list(found) == ["", "-tuned", "-native", "-blocked"]
+    assert found["-tuned"].arguments["fuse"] == tuned[Precision.FP32]
+    assert found["-blocked"].arguments["fuse"] == {head: "linear"}
+
+
+def test_mean_over_the_plane_stays_in_the_layout_of_convolutions() -> None:
+    canonical = exported("GatedConvolutions").canonical
+    for precision in (Precision.FP32, Precision.FP16):
+        lowered = onnxruntime_cpu.lower(canonical, precision).model
+        counts = Counter(node.op_type for node in lowered.graph)
+        assert (counts["GlobalAveragePool"], counts["ReduceMean"]) == (2, 0)

@@ -165,7 +165,9 @@ SLOW = ("demo", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "hf_bert
 MODELS = ["windows", "masked", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
-@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16, Precision.BF16])
+@pytest.mark.parametrize(
+    "precision", [pytest.param(Precision.FP32, marks=pytest.mark.slow), Precision.FP16, Precision.BF16]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_lowered_model_is_the_same_model(name: str, precision: Precision) -> None:
     model, canonical = exported(name)

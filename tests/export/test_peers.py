@@ -71,7 +71,8 @@ def test_peers_of_the_cpu_compute_the_same_model_and_others_say_where_they_run()
 
 
 def test_tools_that_fuse_nothing_are_no_peers() -> None:
-    source = LoadedSource("conv", "conv", nn.Conv2d(3, 4, 3).eval(), (parse_input("input=1x3x8x8"),), "random", None, None)
+    inputs = (parse_input("input=1x3x8x8"),)
+    source = LoadedSource("conv", "conv", nn.Conv2d(3, 4, 3).eval(), inputs, "random", None, None)
     names = ["onnxruntime-transformers", "onnxruntime-onnxscript"]
     with contextlib.ExitStack() as stack:
         opened, absent = open_peers(stack, capture(source, {"batch": DimBounds()}), names, CPU)

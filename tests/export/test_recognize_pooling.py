@@ -332,7 +332,7 @@ def test_it_becomes_its_operator_and_computes_the_same(mix: Mix, captured: Captu
     "mix",
     [
         xcit, pytest.param(davit, marks=pytest.mark.slow), pytest.param(restormer, marks=pytest.mark.slow),
-        convolved_unscaled, separable, of_heads, split_attention, best_pixels,
+        pytest.param(convolved_unscaled, marks=pytest.mark.slow), separable, of_heads, split_attention, best_pixels,
     ],
     ids=lambda mix: mix.__name__,
 )  # fmt: skip

@@ -238,7 +238,17 @@ def movements(model: RewrittenModel) -> list[str]:
     return [t.split(".")[1] for t in targets if t.startswith("aten.")]
 
 
-@pytest.mark.parametrize("case", MOVED, ids=lambda case: case.path.__name__)
+ALSO_SLOW = (plain, padded_behind_the_projection, strided, blocks, channels_first_exit)
+"""Under `make test-all`: biased or shifted, normed_padding, grid, branches and unfolded differ from them in little."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.path.__name__, marks=pytest.mark.slow if case.path in ALSO_SLOW else ())
+        for case in MOVED
+    ],
+)
 def test_windows_become_an_index_map_and_nothing_is_moved(case: Moved, rewritten: Rewritten) -> None:
     model = rewritten(Net(case.path, case.mix), case.map, onnx=True)
     assert model.skipped == ()

@@ -61,7 +61,11 @@ PACKAGES: dict[Callable[[], nn.Module], tuple[str, str]] = {
 @pytest.mark.parametrize(
     "make",
     [
-        pytest.param(make, id=make.__name__, marks=pytest.mark.slow if make is torchvision_swin_v2 else ())
+        pytest.param(
+            make,
+            id=make.__name__,
+            marks=pytest.mark.slow if make in (torchvision_swin_v2, torchvision_maxvit) else (),
+        )
         for make in PACKAGES
     ],
 )

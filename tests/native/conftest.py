@@ -26,14 +26,14 @@ import native_build
 from kernel_runner import KernelRunner
 
 RUNNER_VARIABLE = "ATTN_DEPLOY_KERNEL_RUNNER"
-"""The command of a kernel_runner built otherwise (sanitizers, another processor under an emulator); only the tests of
-kernels run then."""
+"""The command of a kernel_runner built otherwise (sanitizers, another processor under an emulator): only the tests of
+kernels are run, with it."""
 
 ISAS_VARIABLE = "ATTN_DEPLOY_KERNEL_ISAS"
 """The instruction sets of that runner, separated by commas [default: those of this machine's architecture]."""
 
 LIBRARY_VARIABLE = "ATTN_DEPLOY_TEST_LIBRARY"
-"""A library built otherwise."""
+"""A library built otherwise: only the tests of operators are run, with it."""
 
 ISAS_OF_THIS_MACHINE = "neon" if platform.machine() in ("aarch64", "arm64") else "avx2,avx512"
 
@@ -42,10 +42,18 @@ Feeds = Mapping[str, np.ndarray]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if os.environ.get(RUNNER_VARIABLE):
-        others = [item for item in items if "kernel_runner" not in getattr(item, "fixturenames", ())]
-        config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if item not in others]
+    """With a runner or a library built otherwise, only the tests that it is built for run."""
+    runner, library = os.environ.get(RUNNER_VARIABLE), os.environ.get(LIBRARY_VARIABLE)
+    if not runner and not library:
+        return
+
+    def is_meant(item: pytest.Item) -> bool:
+        names = getattr(item, "fixturenames", ())
+        return "kernel_runner" in names if runner else "library" in names and "kernel_runner" not in names
+
+    others = [item for item in items if not is_meant(item)]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
 
 
 @pytest.fixture(scope="session")

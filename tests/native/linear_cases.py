@@ -44,9 +44,9 @@ def with_stride(rows: Array, stride: int) -> Array:
 
 def rows_of(output: Array, rows: int, columns: int, stride: int) -> Array:
     """The rows of a kernel's output. What lies between them must be as it was: NaN."""
-    spread = np.full(rows * stride, np.nan, np.float32)
-    spread[: output.size] = output
-    spread = spread.reshape(rows, stride)
+    memory = np.full(rows * stride, np.nan, np.float32)
+    memory[: output.size] = output
+    spread = memory.reshape(rows, stride)
     assert np.isnan(spread[:, columns:]).all()
     return spread[:, :columns]
 

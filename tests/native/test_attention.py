@@ -178,13 +178,16 @@ def test_nan_and_infinity_reach_what_reads_them_and_nothing_else(
     form = "AttentionMask"
     clean, attributes = feeds_of(form, sizes), attributes_of(form, sizes)
     clean["mask"][:, :, :, 2] = False
+    clean["mask"][:, :, ::2, -1] = False
     seen = clean["mask"][0, 0]
-    for name, token in (("query", 4), ("key", 3), ("key", 2), ("value", 5)):
+    for name, token in (("query", 4), ("key", 3), ("key", 2), ("key", sizes.key_len - 1), ("value", 5)):
         feeds = {key: array.copy() for key, array in clean.items()}
         feeds[name][0, token, 0, 1] = bad
         if name == "key":
             feeds["query"][..., 1] = 1.0  # so that infinity in a key is one in the score
-        (output, _), (good, _) = kernel_runner([case_of(form, f, attributes) for f in (feeds, {**feeds, name: clean[name]})])
+        (output, _), (good, _) = kernel_runner(
+            [case_of(form, f, attributes) for f in (feeds, {**feeds, name: clean[name]})]
+        )
         reached = np.zeros(output.shape, bool)
         if name == "query":
             reached[0, token, 0] = True

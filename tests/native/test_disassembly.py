@@ -15,8 +15,15 @@ from pathlib import Path
 import native_build
 import pytest
 
+PRODUCTS = re.compile(r"\b(MultiplyTile|MultiplyPixels|QueryKeyTile|WeightValueTile)<")
+"""Tiles of matrix products, whose accumulators are planned to fill the registers. Others may keep constants of a
+polynomial in memory, of which AVX2 has more than registers."""
+
+UNUSED = re.compile(r"avx2::MultiplyPixels<\d, 1, 4>")
+"""Blocks of 32 channels: ONNX Runtime has them of 8 and 16."""
+
 MIN_FMAS = 8
-"""A loop with as many fused multiply-adds is one that registers are planned for."""
+"""Smaller tiles have registers to spare."""
 
 VECTOR = re.compile(r"%[yz]mm\d")
 BRANCH = re.compile(r"^j\w+\s+([0-9a-f]+)\b")
@@ -89,17 +96,18 @@ def disassemble(program: Path) -> str:
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
-def test_loops_of_products_keep_their_accumulators_in_registers(kernels: list[tuple[str, Function]], isa: str) -> None:
-    looked_at, spills = 0, []
+def test_products_keep_their_accumulators_in_registers(kernels: list[tuple[str, Function]], isa: str) -> None:
+    seen, spills = set(), []
     for name, function in kernels:
-        if f"native::{isa}::" not in name:
+        product = PRODUCTS.search(name)
+        if product is None or f"native::{isa}::" not in name or UNUSED.search(name):
             continue
         for loop in inner_loops(function):
             if fmas(loop) >= MIN_FMAS:
-                looked_at += 1
+                seen.add(product[1])
                 accesses = stack_accesses(function, loop)
                 spills += [f"{name} at {loop[0].address:x}: {', '.join(accesses[:3])}"] if accesses else []
-    assert looked_at >= 10, "the loops of the kernels were not found"
+    assert seen == set(PRODUCTS.pattern.split("(")[1].split(")")[0].split("|")), "a kernel has other loops, or names"
     assert spills == []
 
 
@@ -122,6 +130,6 @@ def test_a_loop_that_spills_is_found(tmp_path: Path) -> None:
     if subprocess.run(command, capture_output=True, check=False).returncode != 0:
         pytest.skip("the compiler does not make code for x86")
     ((_, function),) = functions_of(disassemble(compiled))
-    (loop,) = inner_loops(function)
-    assert fmas(loop) == 24
-    assert stack_accesses(function, loop)
+    loops = [loop for loop in inner_loops(function) if fmas(loop) == len(names)]
+    assert loops
+    assert all(stack_accesses(function, loop) for loop in loops)

@@ -55,6 +55,8 @@ def test_status_with_the_library(library: Path, monkeypatch: pytest.MonkeyPatch)
     assert status.path == library
     assert status.reason is None
     assert status.operators == native.kernel_names() == native.library_operators(library)
+    assert status.instruction_set == native.library_instruction_set(library) != "none"
+    assert native.session_library() == library
 
 
 @pytest.mark.parametrize(
@@ -84,6 +86,7 @@ def test_status_says_that_a_library_does_not_load(tmp_path: Path, monkeypatch: p
     assert "pip install" in status.reason
     with pytest.raises(UnavailableError, match="does not load"):
         native.library_version(broken)
+    assert native.session_library() is None  # function bodies run
 
 
 def test_a_library_is_found_where_an_editable_install_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,23 @@ CASES = (
 )  # fmt: skip
 
 
+ALSO_SLOW = {
+    "scaled dot-product, grouped", "scaled dot-product, scale", "multi-head, no bias", "multi-head, additive mask",
+    "multi-head, causal and additive mask", "multi-head, multi-query, causal", "multi-head, rotary",
+    "multi-head, cross", "rotary encoding in halves", "encoder layer, pre-norm", "decoder layer, post-norm",
+    "soft attention",
+}  # fmt: skip
+"""Under `make test-all`: of each module another case goes through the exporter in `make test`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those of other folders come here too."""
+    for item in items:
+        given = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        if isinstance(given, Case) and "exported" in item.fixturenames and given.name in ALSO_SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param

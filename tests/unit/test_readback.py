@@ -257,3 +257,50 @@ def test_a_kernel_of_tensorrt_is_named_so() -> None:
     (run,) = site_runs([("a", "a/Attention")], nodes)
     assert run.implementation == "trt:fmha"
     assert run.one_kernel
+
+
+# -- operators of ours ------------------------------------------------------------------------------------------------
+
+TOKENS, WIDTH, HIDDEN = f32(2, 5, 8), f32(8), f32(12)
+BLOCK = (TOKENS, WIDTH, WIDTH, f32(8, 24), f32(24), f32(8, 8), WIDTH)
+OURS = {
+    "Linear": (node("NormLinearGelu", TOKENS, f32(8, 12), HIDDEN, WIDTH, WIDTH, to=f32(2, 5, 12)), 10 * 8 * 12),
+    "FeedForward": (node("FeedForwardGelu", TOKENS, WIDTH, WIDTH, f32(8, 12), HIDDEN, f32(12, 8), WIDTH, to=TOKENS),
+                    2 * 10 * 8 * 12),
+    # two products of 5 x 5 x 8 in each of 2 samples; in windows of 2: 3 of them
+    "PackedAttention": (node("PackedAttention", f32(2, 5, 3, 2, 4), to=TOKENS), 2 * 2 * 25 * 8),
+    "PackedAttentionIndexed": (
+        node("PackedAttentionIndexed", f32(2, 6, 3, 2, 4), Tensor("int64", (3, 2)), to=f32(2, 6, 8)),
+        2 * 2 * 3 * 4 * 8,
+    ),
+    "AttentionBlock": (node("AttentionBlock", *BLOCK, to=TOKENS), 10 * 8 * 32 + 2 * 2 * 25 * 8),
+    "Gate": (node("Gate", f32(2, 5, 3, 3), f32(2, 5, 1, 1), to=f32(2, 5, 3, 3)), 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OURS)
+def test_multiply_adds_of_our_operators_are_those_counted_by_hand(case: str) -> None:
+    counted, work = OURS[case]
+    assert multiply_adds(counted) == work
+
+
+def test_linear_layers_inside_an_attention_block_count_as_linear_layers() -> None:
+    """The block is named after its site, whose own products are none."""
+    block = node("AttentionBlock", *BLOCK, to=TOKENS, name="blocks.0.attn/PackedAttention/AttentionBlock")
+    site = node("PackedAttention", f32(2, 5, 3, 2, 4), to=TOKENS, name="blocks.1.attn/PackedAttention")
+    integer = product("head/MatMul", "uint8", 10 * 8 * 32)
+    roots = ["blocks.0.attn/PackedAttention", "blocks.1.attn/PackedAttention"]
+    everything, weighted = dtype_shares([block, site, integer], roots)
+    assert weighted == {"float32": 0.5, "int8": 0.5}
+    work = 10 * 8 * 32 + 2 * 800
+    assert everything["float32"] == round(work / (work + 10 * 8 * 32), 6)
+
+
+def test_block_runs_the_site_that_it_is_named_after() -> None:
+    block = node("AttentionBlock", *BLOCK, to=TOKENS, name="blocks.0.attn/PackedAttention/AttentionBlock")
+    around = node(
+        "NormLinear", TOKENS, f32(8, 24), f32(24), WIDTH, WIDTH, to=f32(2, 5, 24), name="blocks.0.attn.qkv/MatMul"
+    )
+    (run,) = site_runs([("blocks.0.attn", "blocks.0.attn/PackedAttention")], [around, block])
+    assert run.implementation == "native:AttentionBlock"
+    assert run.nodes == ("AttentionBlock",)

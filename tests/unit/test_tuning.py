@@ -11,8 +11,9 @@ import numpy as np
 import onnx.parser
 import pytest
 
-from attn_deploy import latency, tuning
+from attn_deploy import environment, latency, tuning
 from attn_deploy.built import Built
+from attn_deploy.errors import UnavailableError
 from attn_deploy.latency import Comparison, Measurement
 from attn_deploy.progress import Silent
 from attn_deploy.runtimes.onnxruntime_profile import nodes_by_call
@@ -48,7 +49,8 @@ def samples(median_ms: float, rounds: int = 12) -> np.ndarray:
 
 
 def group(**median_ms: float) -> GroupTimes:
-    return GroupTimes(("a", "b"), tuple(median_ms), Measurement({k: samples(v) for k, v in median_ms.items()}))
+    """Two units of these times together."""
+    return GroupTimes(("a", "b"), {k: np.stack([samples(500 * v)] * 2, axis=-1) for k, v in median_ms.items()})
 
 
 # -- whose node it is ------------------------------------------------------------------------------------------------
@@ -89,9 +91,9 @@ def test_the_times_of_alike_units_are_summed_and_what_recording_costs_is_taken_o
     stock, block = [call(100, 300, 50)] * 12, [call(100, 100, 75)] * 12
     first, second = group_times(units, {"stock": stock, "block": block}, rounds=6)
     assert first.units == ("a", "b")
-    assert first.measurement.samples_ms["stock"].shape == (6, 2)
+    assert first.samples_us["stock"].shape == (6, 2, 2)
     assert first.time_us("stock") == pytest.approx(200, abs=1)
-    assert first.measurement.compare("block", "stock").ratio == pytest.approx(2, abs=0.02)
+    assert first.gain("block", "stock") == (pytest.approx(2, abs=0.02), (pytest.approx(2, abs=0.02),) * 2)
     assert second.time_us("block") == pytest.approx(75, abs=1)
 
 
@@ -114,6 +116,15 @@ def test_a_profile_is_split_at_the_end_of_each_call() -> None:
     end = {"cat": "Session", "name": "model_run"}
     events = [{"cat": "Session", "name": "session_initialization"}, node("a"), node("b"), end, node("a"), end]
     assert [[n.name for n in call] for call in nodes_by_call(events)] == [["a", "b"], ["a"]]
+
+
+def test_calls_that_another_process_disturbed_do_not_change_what_is_chosen() -> None:
+    """Half of the calls of the faster level take up to thirty times as long."""
+    random = np.random.default_rng(1)
+    disturbed = np.where(random.random((12, 3, 2)) < 0.5, random.uniform(1, 30, (12, 3, 2)), 1.0)
+    found = GroupTimes(("a", "b"), {"stock": np.full((12, 3, 2), 100.0), "site": 50.0 * disturbed})
+    assert found.time_us("site") == 50
+    assert found.fastest() == "site"
 
 
 # -- choosing --------------------------------------------------------------------------------------------------------
@@ -144,20 +155,19 @@ def test_only_allowed_levels_are_chosen_from() -> None:
     ("times_ms", "kept"),
     [
         ({STOCK: 10.0, "block": 9.0, CHOSEN: 8.0}, CHOSEN),
-        ({STOCK: 10.0, "block": 8.0, CHOSEN: 9.0}, "block"),
+        ({STOCK: 10.0, "site": 8.5, "block": 8.0, CHOSEN: 9.0}, "block"),
         ({STOCK: 10.0, "block": 8.95, CHOSEN: 9.0}, CHOSEN),
-        ({STOCK: 10.0, "block": 12.0, CHOSEN: 9.95}, STOCK),
         ({STOCK: 10.0, "block": 12.0, CHOSEN: 11.0}, STOCK),
-        ({STOCK: 10.0, "block": 8.0}, "block"),
-        ({STOCK: 10.0, "block": 10.1}, STOCK),
     ],
     ids=[
-        "the mixture", "a uniform level clearly faster", "one hardly faster", "hardly faster than stock", "slower",
-        "the mixture is a uniform level", "which is no faster",
+        "the chosen",
+        "the fastest of those clearly faster",
+        "not what is hardly faster",
+        "stock where ours is slower",
     ],
-)  # fmt: skip
+)
 def test_whole_models_decide_what_is_kept(times_ms: dict[str, float], kept: str) -> None:
-    assert kept_system(Measurement({name: samples(ms) for name, ms in times_ms.items()})) == kept
+    assert kept_system(Measurement({name: samples(ms) for name, ms in times_ms.items()}), CHOSEN) == kept
 
 
 def tuned(uniform: str | None, *groups: GroupTimes) -> Tuned:
@@ -181,14 +191,14 @@ def test_the_candidate_at_the_kept_levels_is_told_by_its_id(uniform: str | None,
     assert not is_tuned(candidate(suffix, Precision.INT8), found)
 
 
-def test_only_a_mixture_becomes_a_candidate_of_its_own() -> None:
+def test_int8_gets_the_faster_of_what_it_can_be() -> None:
     slow, fast = group(stock=1.0, site=1.2, block=1.3), group(stock=1.0, site=0.5, block=0.4)
-    fast = GroupTimes(("c",), fast.levels, fast.measurement)
-    assert tuned_levels(tuned("block", fast)) == {}
-    assert tuned_levels(tuned(STOCK, slow)) == {}
+    fast = GroupTimes(("c", "d"), fast.samples_us)
     mixed = {"a": "stock", "b": "stock"}
-    expected = {Precision.FP32: mixed | {"c": "block"}, Precision.INT8: mixed | {"c": "site"}}
-    assert tuned_levels(tuned(None, slow, fast)) == expected
+    assert tuned_levels(tuned(None, slow, fast)) == {
+        Precision.FP32: mixed | {"c": "block", "d": "block"},
+        Precision.INT8: mixed | {"c": "site", "d": "site"},
+    }
 
 
 def test_the_entry_has_a_row_for_alike_units_with_level_gain_and_every_time() -> None:
@@ -277,7 +287,7 @@ def test_a_level_that_is_faster_everywhere_is_kept_as_that_level() -> None:
 def test_what_is_fast_in_parts_and_slow_as_a_whole_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second run has the last word: here it sees another model at the levels that the first one chose."""
     model = Chains({"a": {"stock": 9, "site": 2}})
-    monkeypatch.setattr(tuning, "_whole_models", lambda *rest: Measurement({STOCK: samples(1.0), "site": samples(1.5)}))
+    monkeypatch.setattr(tuning, "_whole_models", lambda *_: Measurement({STOCK: samples(1.0), "site": samples(1.5)}))
     found = run(model)
     assert found is not None
     assert found.uniform == STOCK
@@ -286,3 +296,9 @@ def test_what_is_fast_in_parts_and_slow_as_a_whole_is_not_kept(monkeypatch: pyte
 def test_nothing_is_measured_where_there_is_nothing_to_win() -> None:
     assert run(Chains({})) is None
     assert run(Chains({"a": {"stock": 1, "site": 1}}), min_call_ms=1e6) is None
+
+
+def test_a_model_of_which_a_session_of_every_level_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "host", lambda: {"memory_total_mb": 0})
+    with pytest.raises(UnavailableError, match="not enough memory"):
+        run(Chains({"a": {"stock": 1, "site": 1}}))

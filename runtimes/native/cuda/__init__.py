@@ -76,7 +76,7 @@ def status() -> CudaStatus:
         return CudaStatus(False, None, None, (), f"not built; next: {BUILD}")
     try:
         version, operators = library_version(path), library_operators(path)
-        return CudaStatus(True, path, version, operators, None, library_architectures(path))
+        return CudaStatus(True, path, version, operators, None, architectures=library_architectures(path))
     except UnavailableError as error:
         return CudaStatus(False, path, None, (), f"{error.what}: {error.got}; next: {error.next_step}")
 

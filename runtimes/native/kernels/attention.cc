@@ -18,6 +18,7 @@ struct Layout {
   int64_t score_stride;   // key_block in whole vectors
   int64_t value_stride;   // value_dim in whole vectors
   bool streaming;         // more than one block
+  bool one_behind;        // the last key, alone behind whole vectors, goes its own way
   int64_t queries, keys, values, scores, sums, row_state, total;  // offsets in floats
 };
 
@@ -29,6 +30,8 @@ Layout LayOut(const AttentionShape& shape, int64_t rows) {
   const int64_t block = Maximum(fitting, kPanelKeys);
   // A last block that is short costs more than one that is a little long.
   at.streaming = shape.key_len > block + block / 2;
+  at.one_behind = !at.streaming && !shape.causal && shape.softcap == 0.0f && shape.key_len > kLanes &&
+                  shape.key_len % kLanes == 1;
   at.key_block = at.streaming ? block : Maximum(shape.key_len, 1);
   at.score_stride = RoundUp(at.key_block, kLanes);
   constexpr int64_t kCacheLine = 16;
@@ -56,11 +59,16 @@ struct Call {
   float* const scratch;
   const int64_t row_begin;
   const int64_t row_end;
-  const FinishRowFn finish_row;
+  const FinishScoresFn finish_scores;
 
   float* Queries() const { return scratch + at.queries; }
   float* Keys() const { return scratch + at.keys; }
-  float* Values() const { return scratch + at.values; }
+  // Values are read in place where whole vectors lie side by side, else packed.
+  bool PacksValues() const { return head.index != nullptr || shape.value_dim % kLanes != 0; }
+  const float* Values(int64_t key) const {
+    return PacksValues() ? scratch + at.values : head.value + key * head.value_stride;
+  }
+  int64_t ValueStride() const { return PacksValues() ? at.value_stride : head.value_stride; }
   float* Scores() const { return scratch + at.scores; }
   float* Sums() const { return scratch + at.sums; }
   float* LargestScores() const { return scratch + at.row_state; }
@@ -103,81 +111,83 @@ void MakeScores(const Call& call, const KeyBlock& block, int64_t pass_begin, int
 }
 
 // All vectors of value_dim, a tile at a time.
-void MultiplyValues(const Call& call, const float* weights, int64_t rows, int64_t keys, ValueTarget to) {
+void MultiplyValues(const Call& call, const ScoreTile& tile, ValueTarget to) {
   const Parts chunks = SplitEvenly(call.at.value_stride / kLanes, kTileVectors);
   float* outputs[kTileRows];
   if (to.outputs != nullptr) {
-    for (int64_t r = 0; r < rows; ++r) outputs[r] = to.outputs[r];
+    for (int64_t r = 0; r < tile.rows; ++r) outputs[r] = to.outputs[r];
     to.outputs = outputs;
   }
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     const int64_t first = PartBegin(chunks, chunk) * kLanes;
     const int64_t vectors = PartBegin(chunks, chunk + 1) - PartBegin(chunks, chunk);
     to.last_lanes = Minimum(call.shape.value_dim - first - (vectors - 1) * kLanes, kLanes);
-    kWeightValueTiles[rows - 1][vectors - 1](weights, call.at.score_stride, call.Values() + first,
-                                             call.at.value_stride, keys, to);
+    kWeightValueTiles[tile.rows - 1][vectors - 1](tile.scores, tile.stride, call.Values(tile.first_key) + first,
+                                                  call.ValueStride(), tile.keys + call.at.one_behind, to);
     if (to.outputs == nullptr) {
       to.sums += vectors * kLanes;
       continue;
     }
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
       if (outputs[r] != nullptr) outputs[r] += vectors * kLanes;
     }
   }
 }
 
 // A tile of rows whose scores against all keys are there: written to the output.
-void FinishTile(const Call& call, const KeyBlock& block, int64_t row, int64_t rows, float* scores) {
-  float factors[kTileRows];
-  float* outputs[kTileRows];
-  const int64_t keys = call.Seen(row + rows - 1, block.begin, block.end);
-  for (int64_t r = 0; r < rows; ++r) {
-    float* const row_scores = scores + r * call.at.score_stride;
-    const int64_t seen = call.Seen(row + r, block.begin, block.end);
-    const float largest = call.finish_row(TermsOfRow(call.shape, call.head, row + r, block.begin), seen, row_scores);
-    const float sum = WeightRow(ShiftFor(largest), seen, keys, row_scores);
-    factors[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
-    outputs[r] = call.OutputOf(row + r);
+void FinishTile(const Call& call, const ScoreTile& tile) {
+  RowNumbers largest = call.finish_scores(call.shape, call.head, tile);
+  RowNumbers last;
+  if (call.at.one_behind) {
+    const float* const queries = call.Queries() + (tile.row - call.row_begin) * call.shape.head_dim;
+    last = LastScores(call.shape, call.head, tile, queries, call.Keys() + tile.keys * call.shape.head_dim);
+    largest = Larger(last, largest);
   }
+  RowNumbers sums = MakeWeights(tile, largest);
+  if (call.at.one_behind) {
+    const RowNumbers weights = WeightsOf(last, largest);
+    RowFloats of_rows;
+    StoreNumbers(weights, of_rows);
+    for (int64_t r = 0; r < tile.rows; ++r) tile.scores[r * tile.stride + tile.keys] = of_rows[r];
+    for (int i = 0; i < kNumberVectors; ++i) sums.v[i] = sums.v[i] + weights.v[i];
+  }
+  for (Vec& sum : sums.v) sum = InverseOfSum(sum);
+  RowFloats factors;
+  StoreNumbers(sums, factors);
+  float* outputs[kTileRows];
+  for (int64_t r = 0; r < tile.rows; ++r) outputs[r] = call.OutputOf(tile.row + r);
   ValueTarget to;
   to.outputs = outputs;
   to.factors = factors;
-  MultiplyValues(call, scores, rows, keys, to);
-}
-
-// factors[i] = e^differences[i], differences not positive.
-void CorrectionFactors(const float (&differences)[16], float (&factors)[16]) {
-  for (int i = 0; i < kTileRows; i += kLanes) Store(factors + i, WeightOf(Load(differences + i)));
+  MultiplyValues(call, tile, to);
 }
 
 // A tile of rows and one of several blocks of keys: added to what the rows have from the blocks before.
-void AccumulateTile(const Call& call, const KeyBlock& block, int64_t row, int64_t rows, float* scores) {
-  float differences[16] = {};
-  float factors[16];
-  const int64_t keys = call.Seen(row + rows - 1, block.begin, block.end);
-  const int64_t state = row - call.row_begin;
-  float block_sums[kTileRows];
-  for (int64_t r = 0; r < rows; ++r) {
-    float* const row_scores = scores + r * call.at.score_stride;
-    const int64_t seen = call.Seen(row + r, block.begin, block.end);
-    const float of_block = call.finish_row(TermsOfRow(call.shape, call.head, row + r, block.begin), seen, row_scores);
-    float& largest = call.LargestScores()[state + r];
-    const float before = ShiftFor(largest);
-    if (of_block > largest) largest = of_block;
-    const float shift = ShiftFor(largest);
-    differences[r] = before - shift;
-    block_sums[r] = WeightRow(shift, seen, keys, row_scores);
+void AccumulateTile(const Call& call, const ScoreTile& tile) {
+  const int64_t first = tile.row - call.row_begin;
+  float* const largest_so_far = call.LargestScores() + first;
+  float* const sums_so_far = call.WeightSums() + first;
+  RowNumbers largest = call.finish_scores(call.shape, call.head, tile);
+  RowNumbers before;
+  for (int64_t r = 0, i = 0; r < tile.rows; r += kLanes, ++i) {
+    const int64_t lanes = Minimum(tile.rows - r, kLanes);
+    before.v[i] = LoadPartial(largest_so_far + r, lanes);
+    largest.v[i] = Max(before.v[i], largest.v[i]);
+    StorePartial(largest_so_far + r, largest.v[i], lanes);
   }
-  CorrectionFactors(differences, factors);
-  for (int64_t r = 0; r < rows; ++r) {
-    float& sum = call.WeightSums()[state + r];
-    sum = sum * factors[r] + block_sums[r];
+  const RowNumbers sums = MakeWeights(tile, largest);
+  const RowNumbers corrections = WeightsOf(before, largest);
+  for (int64_t r = 0, i = 0; r < tile.rows; r += kLanes, ++i) {
+    const int64_t lanes = Minimum(tile.rows - r, kLanes);
+    StorePartial(sums_so_far + r, Fma(LoadPartial(sums_so_far + r, lanes), corrections.v[i], sums.v[i]), lanes);
   }
+  RowFloats factors;
+  StoreNumbers(corrections, factors);
   ValueTarget to;
-  to.sums = call.Sums() + state * call.at.value_stride;
+  to.sums = call.Sums() + first * call.at.value_stride;
   to.sums_stride = call.at.value_stride;
   to.factors = factors;
-  MultiplyValues(call, scores, rows, keys, to);
+  MultiplyValues(call, tile, to);
 }
 
 void StartSums(const Call& call) {
@@ -195,16 +205,22 @@ void WriteSums(const Call& call) {
     if (output == nullptr) continue;
     const float* sums = call.Sums() + (row - call.row_begin) * call.at.value_stride;
     const float sum = call.WeightSums()[row - call.row_begin];
-    const Vec factor = Broadcast(sum == 0.0f ? 0.0f : 1.0f / sum);
+    const Vec factor = InverseOfSum(Broadcast(sum));
     for (int64_t i = 0; i < call.shape.value_dim; i += kLanes) {
       StorePartial(output + i, Load(sums + i) * factor, Minimum(call.shape.value_dim - i, kLanes));
     }
   }
 }
 
-void AttendBlock(const Call& call, const KeyBlock& block) {
+void AttendBlock(const Call& call, KeyBlock block) {
+  if (call.PacksValues()) {
+    PackValues(call.shape, call.head, block.begin, block.end, call.scratch + call.at.values);
+  }
+  if (call.at.one_behind) {
+    --block.end;
+    PackOneKey(call.shape, call.head, block.end, call.Keys() + block.end * call.shape.head_dim);
+  }
   PackKeys(call.shape, call.head, block.begin, block.end, call.Keys());
-  PackValues(call.shape, call.head, block.begin, block.end, call.Values());
   const Parts passes = SplitEvenly(call.row_end - call.row_begin, kPassRows);
   for (int64_t pass = 0; pass < passes.count; ++pass) {
     const int64_t begin = call.row_begin + PartBegin(passes, pass);
@@ -215,11 +231,12 @@ void AttendBlock(const Call& call, const KeyBlock& block) {
     for (int64_t tile = 0; tile < tiles.count; ++tile) {
       const int64_t row = begin + PartBegin(tiles, tile);
       const int64_t rows = PartBegin(tiles, tile + 1) - PartBegin(tiles, tile);
-      float* const scores = call.Scores() + (row - begin) * call.at.score_stride;
+      const ScoreTile scores = {call.Scores() + (row - begin) * call.at.score_stride, call.at.score_stride, rows, row,
+                                block.begin, call.Seen(row + rows - 1, block.begin, block.end), call.shape.causal};
       if (call.at.streaming) {
-        AccumulateTile(call, block, row, rows, scores);
+        AccumulateTile(call, scores);
       } else {
-        FinishTile(call, block, row, rows, scores);
+        FinishTile(call, scores);
       }
     }
   }
@@ -233,7 +250,7 @@ void AttendHead(const AttentionShape& shape, const AttentionHead& head, int64_t 
                 float* scratch) {
   if (row_begin >= row_end) return;
   const Layout at = LayOut(shape, row_end - row_begin);
-  const Call call = {shape, head, at, scratch, row_begin, row_end, kFinishRow[FinishRowKind(shape, head)]};
+  const Call call = {shape, head, at, scratch, row_begin, row_end, ChooseFinishScores(shape, head)};
   PackQueries(shape, head, row_begin, row_end, call.Queries());
   if (at.streaming) StartSums(call);
   const int64_t keys = call.Seen(row_end - 1, 0, shape.key_len);

@@ -16,8 +16,7 @@ namespace attn_deploy::native::ATTN_DEPLOY_ISA {
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = kRegisters == 32 ? 4 : 2;
 
-// scores[r][key] = sum over i of query[r][i] * key[i][key], for `rows` rows and `vectors` vectors of keys; key is packed
-// as [head_dim][vectors * kLanes].
+// scores[r][k] = sum over i of query[r][i] * key[i][k]; `key` is packed as [head_dim][kVectors * kLanes].
 template <int kRows, int kVectors>
 static void QueryKeyTile(const float* query, const float* key, int64_t head_dim, float* scores, int64_t score_stride) {
   Vec sums[kRows][kVectors];
@@ -38,6 +37,36 @@ static void QueryKeyTile(const float* query, const float* key, int64_t head_dim,
   }
 }
 
+// The 4 x 4 blocks of four vectors, each 128 bits wide, transposed in place.
+ATTN_DEPLOY_INLINE void TransposeBlocks(Vec (&v)[4]) {
+#if defined(__AVX512F__)
+  const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(v[0], v[1]));
+  const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(v[2], v[3]));
+  const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(v[0], v[1]));
+  const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(v[2], v[3]));
+  v[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23));
+  v[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
+  v[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
+  v[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
+#elif defined(__AVX2__)
+  const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(v[0], v[1]));
+  const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(v[2], v[3]));
+  const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(v[0], v[1]));
+  const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(v[2], v[3]));
+  v[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23));
+  v[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23));
+  v[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23));
+  v[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23));
+#else
+  const float32x4x2_t pairs01 = vtrnq_f32(v[0], v[1]);
+  const float32x4x2_t pairs23 = vtrnq_f32(v[2], v[3]);
+  v[0] = vcombine_f32(vget_low_f32(pairs01.val[0]), vget_low_f32(pairs23.val[0]));
+  v[1] = vcombine_f32(vget_low_f32(pairs01.val[1]), vget_low_f32(pairs23.val[1]));
+  v[2] = vcombine_f32(vget_high_f32(pairs01.val[0]), vget_high_f32(pairs23.val[0]));
+  v[3] = vcombine_f32(vget_high_f32(pairs01.val[1]), vget_high_f32(pairs23.val[1]));
+#endif
+}
+
 // Where a tile of weights * value goes: to outputs, times `factors`, or added to what `sums` holds times `factors`.
 struct ValueTarget {
   float* const* outputs = nullptr;  // of each row, null where it is not written
@@ -47,7 +76,7 @@ struct ValueTarget {
   const float* factors = nullptr;
 };
 
-// `value` is packed as [keys][value_stride]; `weights` is [rows][weight_stride].
+// `value` is [keys][value_stride], whole vectors of it; `weights` is [rows][weight_stride].
 template <int kRows, int kVectors>
 static void WeightValueTile(const float* weights, int64_t weight_stride, const float* value, int64_t value_stride,
                             int64_t keys, const ValueTarget& to) {

@@ -28,9 +28,7 @@ void RunGate(int64_t pixels, const BlockedGateArrays& arrays) {
 
 template <Activation kActivation, int kVectors, bool kPadded>
 void RunActivate(int64_t channels, int64_t pixels, const float* x, float* y) {
-  float lane_numbers[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) lane_numbers[lane] = static_cast<float>(lane);
-  const Vec lanes = Load(lane_numbers);
+  const Vec lanes = LaneNumbers();
   for (int64_t pixel = 0; pixel < pixels; ++pixel) {
     ATTN_DEPLOY_UNROLL
     for (int v = 0; v < kVectors; ++v) {

@@ -6,65 +6,72 @@ namespace attn_deploy::native::ATTN_DEPLOY_ISA {
 namespace {
 
 constexpr int kAccumulators = 4;
-// Terms that an accumulator takes before it goes to the compensated sum.
-constexpr int64_t kTerms = 8;
 constexpr int64_t kStep = kAccumulators * kLanes;
+// Pixels that are added plainly, eight by each lane of an accumulator, before they go to the compensated sum.
+constexpr int64_t kChunk = 8 * kStep;
 
-// What one pass over a plane collects.
+// What one pass over a plane collects. A plane of one chunk needs no compensated sum.
 template <bool kMean, bool kMaximum>
 struct Pool {
-  CompensatedSum sum;
+  CompensatedSum chunks;
+  Vec sums[kAccumulators];
   Vec largest[kAccumulators];
 
-  void Run(const float* x, int64_t pixels) {
-    for (Vec& v : largest) v = Broadcast(-__builtin_inff());
-    const int64_t whole_steps = pixels - pixels % kStep;
-    int64_t i = 0;
-    while (i < whole_steps) {
-      const int64_t end = Minimum(i + kTerms * kStep, whole_steps);
-      Vec sums[kAccumulators] = {Zero(), Zero(), Zero(), Zero()};
-      for (; i < end; i += kStep) {
+  __attribute__((always_inline)) void Take(int accumulator, Vec v) {
+    if constexpr (kMean) sums[accumulator] = sums[accumulator] + v;
+    if constexpr (kMaximum) largest[accumulator] = MaxOrNan(largest[accumulator], v);
+  }
+
+  __attribute__((always_inline)) void ClearSums() {
+    ATTN_DEPLOY_UNROLL
+    for (int a = 0; a < kAccumulators; ++a) sums[a] = Zero();
+  }
+
+  __attribute__((always_inline)) void Run(const float* x, int64_t pixels) {
+    ClearSums();
+    ATTN_DEPLOY_UNROLL
+    for (int a = 0; a < kAccumulators; ++a) largest[a] = Broadcast(-__builtin_inff());
+    while (pixels >= kStep) {
+      const int64_t end = Minimum(kChunk, pixels - pixels % kStep);
+      for (int64_t i = 0; i < end; i += kStep) {
         ATTN_DEPLOY_UNROLL
-        for (int a = 0; a < kAccumulators; ++a) {
-          const Vec v = Load(x + i + a * kLanes);
-          if constexpr (kMean) sums[a] = sums[a] + v;
-          if constexpr (kMaximum) largest[a] = MaxOrNan(largest[a], v);
-        }
+        for (int a = 0; a < kAccumulators; ++a) Take(a, Load(x + i + a * kLanes));
       }
-      if constexpr (kMean) sum.Add(AddFour(sums));
-    }
-    RunRest(x + i, pixels - i);
-  }
-
-  void RunRest(const float* x, int64_t pixels) {
-    Vec rest = Zero();
-    for (; pixels >= kLanes; pixels -= kLanes, x += kLanes) {
-      rest = rest + Load(x);
-      if constexpr (kMaximum) largest[0] = MaxOrNan(largest[0], Load(x));
-    }
-    if (pixels > 0) {
-      rest = rest + LoadPartial(x, pixels);
-      if constexpr (kMaximum) {
-        float lanes[kLanes];
-        Store(lanes, Broadcast(-__builtin_inff()));
-        StorePartial(lanes, LoadPartial(x, pixels), pixels);
-        largest[0] = MaxOrNan(largest[0], Load(lanes));
+      x += end;
+      pixels -= end;
+      if (kMean && pixels >= kStep) {
+        chunks.Add(AddFour(sums));
+        ClearSums();
       }
     }
-    if constexpr (kMean) sum.Add(rest);
+    ATTN_DEPLOY_UNROLL
+    for (int a = 0; a < kAccumulators - 1; ++a) {
+      if (pixels < kLanes) break;
+      Take(a, Load(x));
+      x += kLanes;
+      pixels -= kLanes;
+    }
+    if (pixels > 0) TakePartial(x, pixels);
   }
 
-  float Mean(int64_t pixels) const { return ReduceAdd(sum.Total()) / static_cast<float>(pixels); }
-
-  float Maximum() const {
-    float lanes[kLanes];
-    Store(lanes, MaxOrNan(MaxOrNan(largest[0], largest[1]), MaxOrNan(largest[2], largest[3])));
-    float maximum = lanes[0];
-    for (const float v : lanes) {
-      if (!(v <= maximum)) maximum = v;  // also where v is NaN
-      if (maximum != maximum) break;
+  __attribute__((always_inline)) void TakePartial(const float* x, int64_t pixels) {
+    const Vec v = LoadPartial(x, pixels);
+    if constexpr (kMean) sums[kAccumulators - 1] = sums[kAccumulators - 1] + v;
+    if constexpr (kMaximum) {  // the lanes beyond are 0, which may exceed every pixel
+      const Vec only = IfLess(LaneNumbers(), Broadcast(static_cast<float>(pixels)), v, Broadcast(-__builtin_inff()));
+      largest[kAccumulators - 1] = MaxOrNan(largest[kAccumulators - 1], only);
     }
-    return maximum;
+  }
+
+  __attribute__((always_inline)) float Mean(int64_t pixels) {
+    if (pixels < kChunk + kStep) return ReduceAdd(AddFour(sums)) / static_cast<float>(pixels);
+    chunks.Add(AddFour(sums));
+    return ReduceAdd(chunks.Total()) / static_cast<float>(pixels);
+  }
+
+  __attribute__((always_inline)) float Maximum() const {
+    const Vec v = MaxOrNan(MaxOrNan(largest[0], largest[1]), MaxOrNan(largest[2], largest[3]));
+    return HasNan(v) ? __builtin_nanf("") : ReduceMax(v);
   }
 };
 

@@ -23,8 +23,9 @@ ATTN_DEPLOY_DECLARE_KERNEL(void, ExciteHidden, Activation activation, const floa
 ATTN_DEPLOY_DECLARE_KERNEL(void, ExciteGate, Activation activation, const float* hidden, const float* weight,
                            const float* bias, int64_t reduced, int64_t channels, float* gate)
 
-// gate[c] = activation(sum over j of weight[j] * padded[c + j]) for c in [0, channels); padded is [channels + taps - 1].
-ATTN_DEPLOY_DECLARE_KERNEL(void, EcaGate, Activation activation, const float* padded, const float* weight, int64_t taps,
-                           int64_t channels, float* gate)
+// gate[c] = activation(sum over j of weight[j] * padded[c + j]) for c in [0, channels); padded is
+// [channels + taps - 1].
+ATTN_DEPLOY_DECLARE_KERNEL(void, EcaGate, Activation activation, const float* padded, const float* weight,
+                           int64_t taps, int64_t channels, float* gate)
 
 }  // namespace attn_deploy::native

@@ -12,37 +12,46 @@ ATTN_DEPLOY_INLINE Vec Gated(Vec x, Vec gate, Vec residual) {
   return x * gate;
 }
 
-// One contiguous row. `gate` points at `count` values, or at one that holds for the whole row when kGateRepeats.
+// `rows` contiguous rows of `count`. `gate` points at the first row's `count` values, or at one that holds for the whole
+// row when kGateRepeats; the next row's are `gate_step` further.
 template <Activation kActivation, bool kHasResidual, bool kGateRepeats>
-void GateRow(const float* x, const float* gate, const float* residual, float* output, int64_t count) {
-  const Vec row_gate = Broadcast(*gate);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const Vec v = Gated<kHasResidual>(Load(x + i), kGateRepeats ? row_gate : Load(gate + i),
-                                      kHasResidual ? Load(residual + i) : Zero());
-    Store(output + i, Activated<kActivation>(v));
+void GateRows(const float* x, const float* gate, const float* residual, float* output, int64_t count, int64_t rows,
+              int64_t gate_step) {
+  for (int64_t row = 0; row < rows; ++row, gate += gate_step) {
+    const Vec row_gate = Broadcast(*gate);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      const Vec v = Gated<kHasResidual>(Load(x + i), kGateRepeats ? row_gate : Load(gate + i),
+                                        kHasResidual ? Load(residual + i) : Zero());
+      Store(output + i, Activated<kActivation>(v));
+    }
+    if (i < count) {
+      const int64_t rest = count - i;
+      const Vec v =
+          Gated<kHasResidual>(LoadPartial(x + i, rest), kGateRepeats ? row_gate : LoadPartial(gate + i, rest),
+                              kHasResidual ? LoadPartial(residual + i, rest) : Zero());
+      StorePartial(output + i, Activated<kActivation>(v), rest);
+    }
+    x += count;
+    output += count;
+    if constexpr (kHasResidual) residual += count;
   }
-  if (i == count) return;
-  const int64_t rest = count - i;
-  const Vec v = Gated<kHasResidual>(LoadPartial(x + i, rest), kGateRepeats ? row_gate : LoadPartial(gate + i, rest),
-                                    kHasResidual ? LoadPartial(residual + i, rest) : Zero());
-  StorePartial(output + i, Activated<kActivation>(v), rest);
 }
 
-// GateRow for one form and one kind of row.
-using RowFunction = void (*)(const float*, const float*, const float*, float*, int64_t);
+// GateRows for one form and one kind of row.
+using RowsFunction = void (*)(const float*, const float*, const float*, float*, int64_t, int64_t, int64_t);
 
-RowFunction PickRow(Activation activation, bool has_residual, bool gate_repeats) {
-  RowFunction row = nullptr;
+RowsFunction PickRows(Activation activation, bool has_residual, bool gate_repeats) {
+  RowsFunction rows = nullptr;
   WithActivation(activation, [&](auto tag) {
     constexpr Activation kActivation = decltype(tag)::value;
     if (has_residual) {
-      row = gate_repeats ? GateRow<kActivation, true, true> : GateRow<kActivation, true, false>;
+      rows = gate_repeats ? GateRows<kActivation, true, true> : GateRows<kActivation, true, false>;
     } else {
-      row = gate_repeats ? GateRow<kActivation, false, true> : GateRow<kActivation, false, false>;
+      rows = gate_repeats ? GateRows<kActivation, false, true> : GateRows<kActivation, false, false>;
     }
   });
-  return row;
+  return rows;
 }
 
 }  // namespace
@@ -50,8 +59,8 @@ RowFunction PickRow(Activation activation, bool has_residual, bool gate_repeats)
 void RunGate(const GatePlan& plan, Activation activation, const GateArrays& arrays, int64_t begin, int64_t end) {
   if (begin >= end) return;  // also keeps an extent of 0 out of the divisions below
   const int inner = plan.rank - 1;
-  const RowFunction row =
-      PickRow(activation, arrays.residual != nullptr, /*gate_repeats=*/plan.gate_strides[inner] == 0);
+  const RowsFunction run =
+      PickRows(activation, arrays.residual != nullptr, /*gate_repeats=*/plan.gate_strides[inner] == 0);
 
   // `index` is the position of flat element `at`, `gate` the offset of the gate value that belongs to it.
   int64_t index[kMaxRank];
@@ -63,19 +72,26 @@ void RunGate(const GatePlan& plan, Activation activation, const GateArrays& arra
     gate += index[d] * plan.gate_strides[d];
   }
 
+  const int64_t width = plan.extents[inner];
   for (int64_t at = begin; at < end;) {
-    const int64_t count = Minimum(plan.extents[inner] - index[inner], end - at);
-    row(arrays.x + at, arrays.gate + gate, arrays.residual == nullptr ? nullptr : arrays.residual + at,
-        arrays.output + at, count);
-    at += count;
+    // Whole rows as far as the gate advances evenly; parts of a row where the range starts or ends inside one.
+    int64_t rows = 1;
+    if (inner > 0 && index[inner] == 0) {
+      rows = Maximum(Minimum(plan.extents[inner - 1] - index[inner - 1], (end - at) / width), 1);
+    }
+    const int64_t count = Minimum(width - index[inner], end - at);
+    run(arrays.x + at, arrays.gate + gate, arrays.residual == nullptr ? nullptr : arrays.residual + at,
+        arrays.output + at, count, rows, inner > 0 ? plan.gate_strides[inner - 1] : 0);
+    at += rows * count;
 
-    gate -= index[inner] * plan.gate_strides[inner];
+    if (inner == 0) return;
+    gate += rows * plan.gate_strides[inner - 1] - index[inner] * plan.gate_strides[inner];
     index[inner] = 0;
-    for (int d = inner - 1; d >= 0; --d) {
-      gate += plan.gate_strides[d];
-      if (++index[d] < plan.extents[d]) break;
-      gate -= plan.extents[d] * plan.gate_strides[d];
+    index[inner - 1] += rows;
+    for (int d = inner - 1; d > 0 && index[d] == plan.extents[d]; --d) {
+      gate += plan.gate_strides[d - 1] - plan.extents[d] * plan.gate_strides[d];
       index[d] = 0;
+      ++index[d - 1];
     }
   }
 }

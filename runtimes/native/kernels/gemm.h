@@ -1,10 +1,10 @@
 // Products of a block of rows with packed weights. Included only by sources in kernels/.
 //
 // MultiplyTile keeps a tile of up to kTileRows rows x kPanelColumns columns in registers, reads the weights' panel as
-// vectors and the rows' numbers as broadcasts. MultiplyPanels runs it over all tiles of a block of rows, panel by panel,
-// so that a panel comes from the L3 cache or memory once and then from L1 or L2. Deep products are done in slices, the
-// sums standing in the destination in between. The order in which products are added depends on the depth and its
-// slices only: a row's results are the same bits whatever block it is in.
+// vectors and the rows' numbers as broadcasts. MultiplyPanels runs it over all tiles of a block of rows, panel by
+// panel, so that a panel comes from the L3 cache or memory once and then from L1 or L2. Deep products are done in
+// slices, the sums standing in the destination in between. The order in which products are added depends on the depth
+// and its slices only: a row's results are the same bits whatever block it is in.
 #pragma once
 
 #include "../activation.h"
@@ -81,8 +81,8 @@ void MultiplyTile(const Tile& tile) {
       sum[r][1] = Fma(value, b1, sum[r][1]);
     }
   };
-  // What is read 4 KB later, which the hardware does not fetch across pages: 2 to 4 % where weights come from L3 (Zen 4).
-  // A few rows are done before it would come.
+  // What is read 4 KB later, which the hardware does not fetch across pages: 2 to 4 % where weights come from L3, on
+  // Zen 4. A few rows are done before it would come.
   constexpr int64_t kAhead = 4096 / sizeof(float);
   constexpr int64_t kLine = 64 / sizeof(float);
   for (int64_t pairs = tile.depth / 2; pairs > 0; --pairs) {
@@ -205,9 +205,9 @@ ATTN_DEPLOY_INLINE FinishFunction FinishOf(Activation activation) {
   return function;
 }
 
-// A block of rows times the panels [first_panel, last_panel) of packed weights, or a part of that product: of the weights
-// of inputs [first_input, last_input) only. The part with the first input starts from the bias, others from what stands
-// in y; the part with the last one ends with activation and residual.
+// A block of rows times the panels [first_panel, last_panel) of packed weights, or a part of that product: of the
+// weights of inputs [first_input, last_input) only. The part with the first input starts from the bias, others from
+// what stands in y; the part with the last one ends with activation and residual.
 struct Product {
   const float* a = nullptr;  // [rows, last_input - first_input]: the part's own first column
   int64_t a_stride = 0;

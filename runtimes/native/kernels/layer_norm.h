@@ -25,9 +25,9 @@ ATTN_DEPLOY_INLINE Vec LoadLanes(const float* p, int64_t count) {
   return count == kLanes ? Load(p) : LoadPartial(p, count);
 }
 
-// y = (x - mean) / sqrt(variance + epsilon) for kRows rows at a time, so that the latency of one row's sums hides behind
-// the others'. Three passes over rows that stand in L1: the mean; the variance about it, and by how much rounding left
-// the mean wrong, which matters where it is large against the spread; the result.
+// y = (x - mean) / sqrt(variance + epsilon) for kRows rows at a time, so that the latency of one row's sums hides
+// behind the others'. Three passes over rows that stand in L1: the mean; the variance about it, and by how much
+// rounding left the mean wrong, which matters where it is large against the spread; the result.
 template <int kRows>
 void NormalizeTogether(const float* const* x, int64_t columns, float epsilon, float* y, int64_t y_stride) {
   const float inverse = 1.0f / static_cast<float>(columns);
@@ -54,10 +54,11 @@ void NormalizeTogether(const float* const* x, int64_t columns, float epsilon, fl
   });
   ATTN_DEPLOY_UNROLL
   for (int r = 0; r < kRows; ++r) {
-    const Vec error = Broadcast(ReduceAdd(sum[r]) * inverse);
-    const Vec variance = NegFma(error, error, Broadcast(ReduceAdd(square[r]) * inverse));
-    scale[r] = Broadcast(1.0f) / Sqrt(Max(Zero(), variance) + Broadcast(epsilon));
-    shift[r] = error * scale[r];
+    const float error = ReduceAdd(sum[r]) * inverse;
+    const float variance = ReduceAdd(square[r]) * inverse - error * error;
+    const float factor = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + epsilon);
+    scale[r] = Broadcast(factor);
+    shift[r] = Broadcast(error * factor);
   }
   ForVectors(columns, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
     ATTN_DEPLOY_UNROLL

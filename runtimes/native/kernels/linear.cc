@@ -21,7 +21,8 @@ void PlanLinear(LinearPlan* plan) {
   constexpr int64_t kProductsPerBlock = 1 << 20;
   const int64_t products = plan->rows * plan->in * plan->out;
   const int64_t blocks = Minimum(kBlocks, (products + kProductsPerBlock - 1) / kProductsPerBlock);
-  if (plan->row_blocks < blocks) plan->column_blocks = Minimum(panels, (blocks + plan->row_blocks - 1) / plan->row_blocks);
+  const int64_t column_blocks = (blocks + plan->row_blocks - 1) / plan->row_blocks;
+  if (plan->row_blocks < blocks) plan->column_blocks = Minimum(panels, column_blocks);
   const int64_t rows = (plan->rows + plan->row_blocks - 1) / plan->row_blocks;
   plan->scratch = rows * (ScratchStride(plan->in) + kPanelColumns);
 }

@@ -76,6 +76,7 @@ ATTN_DEPLOY_INLINE Vec IfLess(Vec a, Vec b, Vec yes, Vec no) {
 ATTN_DEPLOY_INLINE Vec MaxOrNan(Vec a, Vec b) {
   return _mm512_mask_mov_ps(_mm512_max_ps(b, a), _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q), b);
 }
+ATTN_DEPLOY_INLINE bool HasNan(Vec v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
 
 #elif defined(__AVX2__)
 
@@ -126,6 +127,7 @@ ATTN_DEPLOY_INLINE Vec IfLess(Vec a, Vec b, Vec yes, Vec no) {
 ATTN_DEPLOY_INLINE Vec MaxOrNan(Vec a, Vec b) {
   return _mm256_blendv_ps(_mm256_max_ps(b, a), b, _mm256_cmp_ps(b, b, _CMP_UNORD_Q));
 }
+ATTN_DEPLOY_INLINE bool HasNan(Vec v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)) != 0; }
 
 #else
 
@@ -168,8 +170,15 @@ ATTN_DEPLOY_INLINE Vec ScaleByPowerOfTwo(Vec v, Vec power) {
 ATTN_DEPLOY_INLINE Vec RoundToNearest(Vec v) { return vrndnq_f32(v); }
 ATTN_DEPLOY_INLINE Vec IfLess(Vec a, Vec b, Vec yes, Vec no) { return vbslq_f32(vcltq_f32(a, b), yes, no); }
 ATTN_DEPLOY_INLINE Vec MaxOrNan(Vec a, Vec b) { return vmaxq_f32(a, b); }
+ATTN_DEPLOY_INLINE bool HasNan(Vec v) { return vminvq_u32(vceqq_f32(v, v)) == 0; }
 
 #endif
+
+// 0, 1, 2 and so on.
+ATTN_DEPLOY_INLINE Vec LaneNumbers() {
+  static const float numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return Load(numbers);
+}
 
 // Sums, differences, products and quotients of vectors: the compiler's own operators on these types.
 

@@ -25,25 +25,9 @@ ATTN_DEPLOY_INLINE Vec Exp(Vec v) {
   return ScaleByPowerOfTwo(exp_r, n);
 }
 
-// 1 / (1 + exp(-v)). NaN gives NaN.
-ATTN_DEPLOY_INLINE Vec Sigmoid(Vec v) { return Broadcast(1.0f) / (Broadcast(1.0f) + Exp(Zero() - v)); }
-
-// v * Sigmoid(v); -infinity gives -0, its limit. NaN gives NaN.
-ATTN_DEPLOY_INLINE Vec Silu(Vec v) {
-  v = Max(Broadcast(-100.0f), v);
-  return v / (Broadcast(1.0f) + Exp(Zero() - v));
-}
-
-// max(0, min(1, v / 6 + 1/2)), as torch.nn.Hardsigmoid has it. NaN gives NaN.
-ATTN_DEPLOY_INLINE Vec HardSigmoid(Vec v) {
-  return Min(Broadcast(1.0f), Max(Zero(), Fma(v, Broadcast(1.0f / 6.0f), Broadcast(0.5f))));
-}
-
-// 2^v for v in [-126, 126], relative error below 2e-7. NaN gives NaN.
-ATTN_DEPLOY_INLINE Vec Exp2(Vec v) {
-  // The minimax fit of the relative error on [-1/2, 1/2] (9.1e-8), exact at 0.
-  const Vec n = RoundToNearest(v);
-  const Vec r = v - n;
+// 2^(n + r), relative error below 2e-7, for whole numbers n in [-127, 128], r in [-1/2, 1/2]. NaN gives NaN.
+ATTN_DEPLOY_INLINE Vec PowerOfTwo(Vec n, Vec r) {
+  // The minimax fit of the relative error (9.1e-8), exact at 0.
   Vec q = Broadcast(1.32647271e-3f);
   q = Fma(q, r, Broadcast(9.67151264e-3f));
   q = Fma(q, r, Broadcast(5.55073374e-2f));
@@ -53,10 +37,41 @@ ATTN_DEPLOY_INLINE Vec Exp2(Vec v) {
   return ScaleByPowerOfTwo(q, n);
 }
 
-// GELU and its tanh approximation (Hendrycks and Gimpel 2016, section 2), errors below 3e-7 * max(|v|, 1). Both are
-// v * P(v) with P(v) + P(-v) = 1, so max(v, 0) - |v| * P(-|v|). log2(P(-a)) is smooth: a short polynomial in a, with
-// weight on where |v| * P counts, is exact enough, and no branch, division or cancellation is left. -infinity gives
-// a number near 0, its limit. NaN gives NaN.
+// 2^v for v in [-126, 126], relative error below 2e-7. NaN gives NaN.
+ATTN_DEPLOY_INLINE Vec Exp2(Vec v) {
+  const Vec n = RoundToNearest(v);
+  return PowerOfTwo(n, v - n);
+}
+
+// 1 + exp(-v), relative error below 2.5e-7, for v of -89, which gives infinity, and more. NaN gives NaN. Five
+// operations less than by Exp: a sixth of the time of an activation.
+ATTN_DEPLOY_INLINE Vec OnePlusExpOfMinus(Vec v) {
+  // exp(-v) = 2^(n + r); log2(e) in two parts, so that r is as exact as v.
+  const Vec clamped = Min(Broadcast(88.0f), v);
+  const Vec n = RoundToNearest(clamped * Broadcast(-1.44269502f));
+  const Vec high = Fma(clamped, Broadcast(-1.44269502f), -n);
+  return Broadcast(1.0f) + PowerOfTwo(n, Fma(clamped, Broadcast(-1.92596299e-8f), high));
+}
+
+// 1 / (1 + exp(-v)). NaN gives NaN.
+ATTN_DEPLOY_INLINE Vec Sigmoid(Vec v) { return Broadcast(1.0f) / OnePlusExpOfMinus(Max(Broadcast(-89.0f), v)); }
+
+// v * Sigmoid(v); -infinity gives -0, its limit. NaN gives NaN.
+ATTN_DEPLOY_INLINE Vec Silu(Vec v) {
+  v = Max(Broadcast(-89.0f), v);
+  return v / OnePlusExpOfMinus(v);
+}
+
+// max(0, min(1, v / 6 + 1/2)), as torch.nn.Hardsigmoid has it. NaN gives NaN.
+ATTN_DEPLOY_INLINE Vec HardSigmoid(Vec v) {
+  return Min(Broadcast(1.0f), Max(Zero(), Fma(v, Broadcast(1.0f / 6.0f), Broadcast(0.5f))));
+}
+
+// GELU and its tanh approximation (Hendrycks and Gimpel 2016, section 2), errors below 1.3e-7 and 2.1e-7 of
+// max(|v|, 1) (4 million floats of all sizes tried). Both are v * P(v) with P(v) + P(-v) = 1, so they are
+// max(v, 0) - |v| * P(-|v|). log2(P(-a)) is smooth: a short polynomial in a, with weight on where |v| * P counts, is
+// exact enough, and no branch, division or cancellation is left. -infinity gives a number near 0, its limit. NaN gives
+// NaN.
 ATTN_DEPLOY_INLINE Vec Gelu(Vec v) {
   const Vec a = Min(Broadcast(13.0f), Abs(v));  // 13 * P(-13) is 2^-120
   Vec log = Broadcast(2.52277538e-5f);

@@ -1,6 +1,6 @@
-// Cases of the attention kernels, as all heads of a problem. Ints: {packed, indexed, padded, cosine, causal, bias, mask,
-// parts}; floats: {scale, softcap}. Inputs: qkv, or query, key and value; then those of index, fill, head_scale, bias,
-// bias_index and mask that the flags name. Parts above 0 is how many parts each head's rows are split into, in place of
+// Cases of the attention kernels, as all heads of a problem. Ints: {packed, indexed, padded, cosine, causal, bias,
+// mask, parts}; floats: {scale, softcap}. Inputs: qkv, or query, key and value; then those of index, fill, head_scale,
+// bias, bias_index and mask that the flags name. Parts above 0 is how many parts each head's rows are split into, in place of
 // the plan's own choice. Outputs: output, floats of scratch memory.
 #include "attention_plan.h"
 #include "case.h"

@@ -35,21 +35,19 @@ std::vector<Array> RunActivateCase(const Case& c) {
   return outputs;
 }
 
-// ints {activation, with map, parts}, inputs {x [pixels, block]}, outputs {mean[, activated x]}.
+// ints {parts}, inputs {x [pixels, block]}, output mean [block].
 std::vector<Array> RunPoolCase(const Case& c) {
   const Array& x = c.inputs.at(0);
   const int64_t pixels = x.dims.at(0);
   const int64_t block = x.dims.at(1);
-  const int64_t parts = c.ints.at(2);
+  const int64_t parts = c.ints.at(0);
   std::vector<Array> outputs;
   outputs.emplace_back(Type::kFloat, std::vector<int64_t>{block}, 1);
-  if (c.ints.at(1) != 0) outputs.emplace_back(Type::kFloat, x.dims, 1);
   const Array sums(Type::kFloat, {parts, block}, 0);
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t begin = part * pixels / parts;
     ATTN_DEPLOY_KERNEL(BlockedSum)
-    (ActivationOf(c), block, (part + 1) * pixels / parts - begin, x.floats() + begin * block,
-     outputs.size() > 1 ? outputs[1].floats() + begin * block : nullptr, sums.floats() + part * block);
+    (block, (part + 1) * pixels / parts - begin, x.floats() + begin * block, sums.floats() + part * block);
   }
   ATTN_DEPLOY_KERNEL(BlockedMean)(block, parts, pixels, sums.floats(), outputs[0].floats());
   return outputs;

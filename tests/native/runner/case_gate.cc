@@ -1,5 +1,5 @@
-// Cases of the kernel RunGate: ints {activation, pieces}, inputs {x, gate[, residual]}, output like x. The tensor is cut
-// into `pieces` ranges, as threads do.
+// Cases of the kernel RunGate: ints {activation, pieces}, inputs {x, gate[, residual]}, output like x. The tensor is
+// cut into `pieces` ranges, as threads do.
 #include "case.h"
 #include "kernels/gate.h"
 

@@ -1,6 +1,6 @@
-// Cases of the kernel RunLinear: ints {activation, normalizes, rows, in, out, x_stride, residual_stride, y_stride}, floats
-// {epsilon}, inputs {x [rows * x_stride or less], weight [in, out], bias [out], residual (if residual_stride > 0)},
-// output y, (rows - 1) * y_stride + out floats of which those between the rows stay as they were.
+// Cases of the kernel RunLinear: ints {activation, normalizes, rows, in, out, x_stride, residual_stride, y_stride},
+// floats {epsilon}, inputs {x [(rows - 1) * x_stride + in], weight [in, out], bias [out], residual (if residual_stride
+// > 0)}, output y, (rows - 1) * y_stride + out floats of which those between the rows stay as they were.
 #include <cstdlib>
 #include <memory>
 

@@ -1,0 +1,77 @@
+"""Small models lowered to what the library has, and run by it: the numbers of PyTorch, and nothing left to bodies."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from attn_deploy.export.lower.cpu_units import LEVELS
+from attn_deploy.export.site_parity import record_sites, site_cases
+from attn_deploy.inputs import make_feeds
+from attn_deploy.ops import DOMAIN
+from attn_deploy.parity import sqnr_db
+from attn_deploy.readback import dtype_shares, site_runs
+from attn_deploy.runtimes import native
+from attn_deploy.runtimes.onnxruntime_profile import profiled_nodes
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "export"))  # for cpu_models
+
+from cpu_models import MODELS, TRANSFORMERS, exported
+
+MIN_DB = 105.0
+
+
+@pytest.fixture(scope="module")
+def kernels(library: Path) -> frozenset[str]:
+    return frozenset(native.library_operators(library))
+
+
+def open_session(
+    content: bytes, library: Path, threads: int = 2, profile_to: Path | None = None
+) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.register_custom_ops_library(str(library))
+    if profile_to is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile_to)
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("level", [level for level in LEVELS if level != "stock"])
+@pytest.mark.parametrize("name", MODELS)
+def test_kernels_give_what_pytorch_gives(name: str, level: str, library: Path, kernels: frozenset[str]) -> None:
+    model = exported(name)
+    lowered = model.lower(level, kernels)
+    session = open_session(ir.to_proto(lowered).SerializeToString(), library)
+    for batch in (1, 3):
+        feeds = make_feeds(model.captured.inputs, batch=batch, seed=3)
+        got = session.run(None, feeds)
+        for expected, value in zip(model.captured.reference(feeds).values(), got, strict=True):
+            assert sqnr_db(expected, value) > MIN_DB
+    for case in site_cases(model.canonical, lowered, record_sites(model.rewritten)):
+        alone = open_session(case.model, library).run(None, dict(case.feeds))[0]
+        assert sqnr_db(case.expected, alone.reshape(case.expected.shape)) > MIN_DB
+
+
+@pytest.mark.parametrize("name", [model.__name__ for model in TRANSFORMERS])
+def test_every_operator_of_ours_runs_as_a_kernel(
+    name: str, library: Path, kernels: frozenset[str], tmp_path: Path
+) -> None:
+    model = exported(name)
+    lowered = model.lower(None, kernels)
+    session = open_session(ir.to_proto(lowered).SerializeToString(), library, profile_to=tmp_path / "profile")
+    feeds = make_feeds(model.captured.inputs, batch=2, seed=3)
+    session.run(None, feeds)
+    nodes = profiled_nodes(json.loads(Path(session.end_profiling()).read_text()))
+    ours = {str(n.name): n.op_type for n in lowered.graph if n.domain == DOMAIN}
+    assert {n.name: n.op_type for n in nodes if n.name in ours} == ours
+    assert not {"MatMul", "Gemm", "Softmax"} & {n.op_type for n in nodes}
+    runs = site_runs([(site.module, site.node) for site in model.canonical.sites], nodes)
+    assert all(run.implementation.startswith("native:") for run in runs)
+    everything, weighted = dtype_shares(nodes, [site.node for site in model.canonical.sites])
+    assert everything == weighted == {"float32": 1.0}
