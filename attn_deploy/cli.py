@@ -112,11 +112,7 @@ def export(
     max_latency_ms: Annotated[float | None, typer.Option(min=0.0)] = None,
     tune: Annotated[
         bool | None,
-        typer.Option(
-            "--tune/--no-tune",
-            help="Measure each part of the model on this CPU at every level of fusion and keep the fastest "
-            "[default: where there is something to win].",
-        ),
+        typer.Option("--tune/--no-tune", help="Measure each part of the model on this CPU; else where it can pay."),
     ] = None,
     allow_unproven: Annotated[
         bool, typer.Option("--allow-unproven", help="Write targets that cannot run here, as not run.")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RULES", "VERSION", "Rewritten", "rewrite"]
 
-VERSION = "1"
+VERSION = "2"
 """Of the rules: what an older version made is made again."""
 
 RULES: tuple[tuple[Callable[[Layout], int], ...], ...] = (
