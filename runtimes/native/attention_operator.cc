@@ -145,7 +145,7 @@ OrtStatus* AttentionKernel::Run(const OrtKernelContext* context, const Attention
       out_of_memory = true;
       return;
     }
-    RunAttentionBlock(problem, blocks, block, scratch);
+    RunAttentionUnits(problem, blocks, block, scratch);
   }));
   if (!out_of_memory) return nullptr;
   return Fail("no memory for " + std::to_string(blocks.scratch_floats) + " floats of scratch memory");

@@ -65,7 +65,7 @@ AttentionBlocks SplitAttention(const AttentionProblem& p, int64_t parts) {
   return blocks;
 }
 
-void RunAttentionBlock(const AttentionProblem& p, const AttentionBlocks& blocks, int64_t block, float* scratch) {
+void RunAttentionUnits(const AttentionProblem& p, const AttentionBlocks& blocks, int64_t block, float* scratch) {
   const auto attend = ATTN_DEPLOY_KERNEL(AttendHead);
   const int64_t rows = p.shape.query_len;
   const int64_t end = std::min((block + 1) * blocks.units_per_block, blocks.units);

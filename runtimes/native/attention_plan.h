@@ -54,6 +54,6 @@ struct AttentionBlocks {
 AttentionBlocks SplitAttention(const AttentionProblem& problem, int64_t parts = 0);
 
 // Runs block `block` of blocks.count. Blocks may run at the same time, each with scratch memory of its own.
-void RunAttentionBlock(const AttentionProblem& problem, const AttentionBlocks& blocks, int64_t block, float* scratch);
+void RunAttentionUnits(const AttentionProblem& problem, const AttentionBlocks& blocks, int64_t block, float* scratch);
 
 }  // namespace attn_deploy::native

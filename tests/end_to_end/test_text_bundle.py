@@ -13,6 +13,7 @@ import text_models
 import torch
 
 import attn_deploy
+from attn_deploy.bundle import open_bundle
 from attn_deploy.errors import FeedError
 from attn_deploy.parity import sqnr_db
 
@@ -65,7 +66,9 @@ def test_an_application_feeds_any_length(batch: int, length: int, text_bundle: P
     given = feeds(batch, length)
     with torch.no_grad():
         expected = text_models.classifier()[0].eval()(**{k: torch.from_numpy(v) for k, v in given.items()})
-    with attn_deploy.load(text_bundle, variant="onnxruntime-cpu-fp32") as session:
+    variants = open_bundle(text_bundle).manifest.graphs["main"].variants
+    kept = next(name for name, variant in variants.items() if variant.precision == "fp32")
+    with attn_deploy.load(text_bundle, variant=kept) as session:
         got = session.run(given)
     assert got["tokens"].shape == (batch, length, text_models.DIM)
     for name, value in got.items():

@@ -3,12 +3,6 @@
 
 #include "simd.h"
 
-#if defined(__clang__)
-#define ATTN_DEPLOY_UNROLL _Pragma("unroll")
-#else
-#define ATTN_DEPLOY_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 namespace attn_deploy::native::ATTN_DEPLOY_ISA {
 
 // Accumulators, the vectors that they take in and one broadcast fit the registers; 12 to 24 accumulators keep two

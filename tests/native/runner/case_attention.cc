@@ -99,7 +99,7 @@ std::vector<Array> RunCase(const Case& c) {
   const AttentionBlocks blocks = SplitAttention(p, c.ints.at(7));
   // Exactly as large as asked for, so that AddressSanitizer sees what is written behind it.
   const Array scratch(Type::kFloat, {blocks.scratch_floats}, 0);
-  for (int64_t block = 0; block < blocks.count; ++block) RunAttentionBlock(p, blocks, block, scratch.floats());
+  for (int64_t block = 0; block < blocks.count; ++block) RunAttentionUnits(p, blocks, block, scratch.floats());
   outputs.emplace_back(Type::kInt64, std::vector<int64_t>{1}, 0);
   *reinterpret_cast<int64_t*>(outputs[1].bytes()) = blocks.scratch_floats;
   return outputs;
