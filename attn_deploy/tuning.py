@@ -2,10 +2,10 @@
 
     tune(model, feeds, ...) -> Tuned -> levels by unit, and the receipt's Tuning
 
-First each level is profiled where every unit that has it runs at it, in turns, and alike units choose the level than
-which no other is clearly faster. Then, in a run of its own and without a profile, the whole model of these choices is
-measured against stock and against each uniform level: where one of them is clearly faster, that is kept instead. What
-is kept is a candidate like others: a third run, with their peers, chooses it only if it is clearly faster than stock.
+First each level is profiled where every unit that has it runs at it, in turns, and alike units take the plainest of
+their fastest levels. Then, in a run of its own and without a profile, the whole model of these choices is measured
+against stock and against each uniform level: where one of them is clearly faster, that is kept instead. What is kept
+is a candidate like others: a third run, with their peers, chooses it only if it is clearly faster than stock.
 """
 
 from __future__ import annotations
@@ -106,9 +106,9 @@ class Tuned:
 
 
 def _row(group: GroupTimes, level: str) -> UnitTuning:
-    gain, interval = group.gain(level, STOCK)
+    gain, (low, high) = group.gain(level, STOCK)
     times_us = {name: round(group.time_us(name), 1) for name in group.levels}
-    return UnitTuning(group.units, level, times_us, round(gain, 4), interval)
+    return UnitTuning(group.units, level, times_us, round(gain, 4), (round(low, 4), round(high, 4)))
 
 
 def tune(

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from attn_deploy.latency import FASTER, tail_percent, verdict
+from attn_deploy.latency import tail_percent
 from attn_deploy.readback import is_of
 from attn_deploy.session import Array
 
@@ -51,6 +51,9 @@ shorter, and a unit is short enough for most of its calls to be left in peace, w
 
 RESAMPLES = 500
 
+TIE = 0.02
+"""By how much of its time a level may be slower than the fastest and still count as equally fast."""
+
 
 @dataclass(frozen=True)
 class GroupTimes:
@@ -66,10 +69,11 @@ class GroupTimes:
         return tuple(self.samples_us)
 
     def fastest(self, levels: Sequence[str] | None = None) -> str:
-        """The plainest of the levels (default: all) than which the fastest is not clearly faster."""
+        """The plainest of the levels (default: all) that takes hardly longer than the fastest. Whether the model of
+        these choices really gains is for a run of whole models to say: many small gains are clear only there."""
         offered = [level for level in self.levels if levels is None or level in levels]
-        best = min(offered, key=self.time_us)
-        return next(level for level in offered if level == best or verdict(*self.gain(best, level)) != FASTER)
+        best = min(self.time_us(level) for level in offered)
+        return next(level for level in offered if self.time_us(level) <= best * (1 + TIE))
 
     def time_us(self, level: str) -> float:
         """Of one unit."""
