@@ -11,7 +11,6 @@ better of before and after a case. Prints a table and writes bench/results/linea
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,11 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.parser
-import onnxruntime
-from common import save
+from kernel_cases import opened, run_cases, side
 from roofline import ceiling_gflops
 
-from attn_deploy import environment
 from attn_deploy.latency import System, measure
 from attn_deploy.ops import BLOCK_FORMS, DOMAIN, VERSION
-from attn_deploy.runtimes import native
 
 Array = np.ndarray
 
@@ -66,21 +62,7 @@ CASES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], metavar="CASE")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of measuring, for each case")
-    parser.add_argument("--library", type=Path, default=native.library_path())
-    arguments = parser.parse_args()
-    if arguments.library is None:
-        parser.error("no native library is installed; name one with --library")
-    rows = []
-    for threads in arguments.threads:
-        for case in CASES:
-            if not arguments.cases or case.name in arguments.cases:
-                rows.append(measured(case, threads, arguments.seconds, arguments.library))
-                print(line(rows[-1]), flush=True)
-    save("linear_kernels", {"host": environment.host(), "versions": environment.versions(), "rows": rows})
+    run_cases("linear_kernels", __doc__, CASES, measured, line)
 
 
 def measured(case: Case, threads: int, seconds: float, library: Path) -> dict[str, Any]:
@@ -95,10 +77,7 @@ def measured(case: Case, threads: int, seconds: float, library: Path) -> dict[st
     row: dict[str, Any] = {"case": case.name, "form": case.form, "shape": [case.rows, case.inputs, case.outputs]}
     row |= {"threads": threads, "ceiling_gflops": ceiling, "ratio": compared.ratio, "ratio_ci95": compared.ratio_ci95}
     for name, samples in measurement.samples_ms.items():
-        ms = float(np.median(samples))
-        gflops = case.flops / ms / 1e6
-        row[name] = {"p10_ms": float(np.percentile(samples, 10)), "p50_ms": ms, "gflops": gflops}
-        row[name]["share"] = gflops / ceiling if ceiling else None
+        row[name] = side(samples, case.flops, ceiling)
     return row
 
 
@@ -136,16 +115,6 @@ def one_node(case: Case) -> tuple[bytes, dict[str, Array]]:
         ir_version=10,
     )
     return bytes(model.SerializeToString()), fed
-
-
-def opened(model: bytes, threads: int, library: Path | None) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Denormals count as zero in our kernels: in ONNX Runtime's here too.
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    if library is not None:
-        options.register_custom_ops_library(str(library))
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 if __name__ == "__main__":
