@@ -16,7 +16,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,bench]'
 	test -f $(ORT_GPU)/.$(ORT_GPU_VERSION) || ( $(BIN)/python -m pip install --quiet --no-deps --upgrade \
 	  --target $(ORT_GPU) onnxruntime-gpu==$(ORT_GPU_VERSION) cuda-core nvidia-ml-py && \
 	  touch $(ORT_GPU)/.$(ORT_GPU_VERSION) ) || echo "no onnxruntime-gpu for this platform: tests of it will skip"

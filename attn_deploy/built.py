@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from attn_deploy.manifest import Variant
 from attn_deploy.parity import SiteCase
-from attn_deploy.receipt import BlockLoss, Tuning
+from attn_deploy.precision_plan import PrecisionPlan
+from attn_deploy.receipt import BlockLoss, Search, Tuning
 from attn_deploy.target import Precision, Target
 
 
@@ -28,4 +30,20 @@ class Built:
     """What the session must be opened with: lowering counts on it."""
     blocks: tuple[BlockLoss, ...] = ()
     tuning: Tuning | None = None
+    plan: PrecisionPlan | None = None
+    plan_file: Path | None = None
+    statistics_file: Path | None = None
+    """The plan that it was lowered by, and what that needed of calibration, as files."""
+    search: Search | None = None
     site_cases: Callable[[], Iterator[SiteCase]] | None = None
+
+    @property
+    def held(self) -> tuple[Path, ...]:
+        """All files of it."""
+        return self.files + tuple(file for file in (self.plan_file, self.statistics_file) if file is not None)
+
+    def variant(self, library: str | None, names: Mapping[Path, str]) -> Variant:
+        """As the manifest has it; `names` are those of its files in the bundle."""
+        plan, statistics = (None if f is None else names[f] for f in (self.plan_file, self.statistics_file))
+        files = tuple(names[file] for file in self.files)
+        return Variant(str(self.target), str(self.precision), files, library, self.options, plan, statistics)

@@ -304,7 +304,7 @@ class Bundle:
 
 
 def _variant_files(graphs: Mapping[str, Graph]) -> set[str]:
-    return {file for graph in graphs.values() for variant in graph.variants.values() for file in variant.files}
+    return {file for graph in graphs.values() for variant in graph.variants.values() for file in variant.held}
 
 
 def _free_folder(variants: Path) -> Path:
@@ -353,7 +353,7 @@ def _names(manifest: Manifest) -> Iterator[str]:
     yield from manifest.graphs
     for graph in manifest.graphs.values():
         for variant in graph.variants.values():
-            yield from variant.files
+            yield from variant.held
 
 
 def _hint(root: Path) -> str | None:

@@ -17,14 +17,16 @@ from attn_deploy.receipt import Accuracy, CandidateEntry
 from attn_deploy.target import Precision, Target
 
 MIN_SHARE = 0.9
-"""`int8`, and `fp16` and `bf16` on a GPU, mean that at least this share of the multiply-adds of linear layers and
-convolutions is in that type."""
+"""`int8` and `fp8`, and `fp16` and `bf16` on a GPU, mean that at least this share of the multiply-adds of linear layers
+and convolutions is in that type."""
 
 FLOORS_DB = {
     Precision.FP32: FP32_MIN_SQNR_DB,
     Precision.FP16: FP16_MIN_SQNR_DB,
     Precision.BF16: BF16_MIN_SQNR_DB,
     Precision.INT8: 0.0,
+    Precision.FP8: 0.0,
+    Precision.AUTO: 0.0,
 }
 
 DEFAULT_MAX_DROP = 1.0
@@ -39,11 +41,25 @@ class Budget:
     max_drop: float | None = None
     min_sqnr_db: float | None = None
 
+    @property
+    def asked(self) -> bool:
+        """Whether the user gave any of it."""
+        return any(v is not None for v in (self.min_agreement, self.max_drop, self.min_sqnr_db))
+
+    def describe(self) -> str:
+        """All of it, for a precision whose plan is searched."""
+        given = [f"{self.tolerance(Precision.AUTO).min_sqnr_db:g} dB or more"]
+        if self.min_agreement is not None:
+            given.append(f"agreement {self.min_agreement:g} or more")
+        if self.max_drop is not None:
+            given.append(f"a drop of {self.max_drop:g} points at most")
+        return ", ".join(given)
+
     def tolerance(self, precision: Precision) -> Tolerance:
         """Of every output: the user's floor, and never below what the precision must give anyway."""
         given = self.min_sqnr_db
         if given is None:
-            given = INT8_MIN_SQNR_DB if precision is Precision.INT8 else 0.0
+            given = INT8_MIN_SQNR_DB if precision.quantized else 0.0
         max_rel = FP32_MAX_REL if precision is Precision.FP32 else None
         return Tolerance(max(FLOORS_DB[precision], given), max_rel)
 
@@ -59,7 +75,7 @@ class Budget:
         return None
 
 
-_TYPES = {Precision.INT8: "int8", Precision.FP16: "float16", Precision.BF16: "bfloat16"}
+_TYPES = {Precision.INT8: "int8", Precision.FP8: "float8", Precision.FP16: "float16", Precision.BF16: "bfloat16"}
 
 
 def share_fault(target: Target, precision: Precision, weighted_dtype_share: dict[str, float]) -> str | None:

@@ -16,17 +16,34 @@ from attn_deploy.cli_arguments import (
     batch_sizes,
     dynamic_dims,
     fused_sites,
+    precisions_of,
     runtime_options,
     source_arguments,
     split_values,
     tensorrt_version_of,
 )
 from attn_deploy.cli_cache import cache
+from attn_deploy.cli_options import (
+    DataOption,
+    GraphName,
+    Inputs,
+    Json,
+    MaxDrop,
+    MinAgreement,
+    MinSqnr,
+    Plan,
+    Precisions,
+    Resolutions,
+    SourceArgs,
+    Threads,
+    Weights,
+)
 from attn_deploy.cli_output import print_json, print_receipt, show_error, unexpected
 from attn_deploy.cli_progress import progress_on
 from attn_deploy.errors import AttnDeployError
 from attn_deploy.inputs import parse_input
-from attn_deploy.target import Precision, parse_precision, parse_target
+from attn_deploy.plan_file import read_plan
+from attn_deploy.target import parse_target
 
 app = typer.Typer(
     name="attn-deploy",
@@ -38,36 +55,6 @@ app = typer.Typer(
 )
 
 app.add_typer(cache, name="cache")
-
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else there.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of every session and peer [default: all cores].")]
-Weights = Annotated[
-    str | None, typer.Option(help="safetensors or torch file (weights_only), or init:SEED for the test initializer.")
-]
-SourceArgs = Annotated[list[str] | None, typer.Option("--source-arg", help="Argument of the model's factory, k=v.")]
-Inputs = Annotated[
-    list[str] | None, typer.Option("--input", help="NAME=1x3x224x224[:DTYPE[:BELOW]], when the source does not say.")
-]
-Resolutions = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--input",
-        help="NAME=1x3x224x224[:DTYPE[:BELOW]], when the source does not say. The same name again: one more resolution "
-        "in the bundle.",
-    ),
-]
-GraphName = Annotated[
-    str | None, typer.Option("--graph", help="The only graph to take, of a bundle with several resolutions.")
-]
-DataOption = Annotated[
-    str | None,
-    typer.Option("--data", help="Folder of images (class subfolders or flat), .npz, or package.module:function."),
-]
-MinAgreement = Annotated[
-    float | None, typer.Option(min=0.0, max=1.0, help="Least share of inputs whose top-1 equals FP32's.")
-]
-MaxDrop = Annotated[float | None, typer.Option(min=0.0, help="Most points of accuracy to lose; needs labelled data.")]
-MinSqnr = Annotated[float | None, typer.Option(help="Least SQNR of the outputs in dB.")]
 
 
 @app.command()
@@ -84,12 +71,8 @@ def export(
         typer.Option(help="batch or sequence, each perhaps with =MIN:MAX; or none [default: batch]."),
     ] = None,
     target: Annotated[list[str] | None, typer.Option(help="Where it shall run [default: what this host has].")] = None,
-    precision: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="fp32, fp16 (on a CPU storage only), bf16 (GPU) or int8 [default: CPU fp32, int8; GPU fp32, fp16]."
-        ),
-    ] = None,
+    precision: Precisions = None,
+    plan: Plan = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Module whose layers stay FP32.")] = None,
     tensorrt_version: Annotated[
         str | None, typer.Option(help="TensorRT that will build the engine, for example 10.3 [default: the newest].")
@@ -134,8 +117,9 @@ def export(
         targets=tuple(parse_target(t) for t in split_values(target)),
         tensorrt_version=tensorrt_version_of(tensorrt_version),
         runtime_options=runtime_options(runtime_option),
-        precisions=tuple(parse_precision(p) for p in split_values(precision)) or (Precision.FP32, Precision.INT8),
-        precisions_asked=bool(precision),
+        precisions=precisions_of(precision, plan),
+        precisions_asked=bool(precision or plan),
+        plan=None if plan is None else read_plan(plan),
         exclude=tuple(exclude or ()),
         data=data,
         preprocess=preprocess,

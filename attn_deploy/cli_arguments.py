@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from attn_deploy.errors import UsageError
 from attn_deploy.session import BATCH, SEQUENCE, DimBounds
+from attn_deploy.target import Precision, parse_precision
 
 if TYPE_CHECKING:
     from attn_deploy.verdict import All
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
 def split_values(values: list[str] | None) -> list[str]:
     """Options may be repeated, or hold several values with commas."""
     return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
+def precisions_of(values: list[str] | None, plan: str | None) -> tuple[Precision, ...]:
+    """Those that were named; without any FP32 and INT8, or beside a plan FP32 and what the plan says."""
+    named = tuple(parse_precision(p) for p in split_values(values))
+    return named or (Precision.FP32, Precision.INT8 if plan is None else Precision.AUTO)
 
 
 def batch_sizes(text: str) -> list[int]:

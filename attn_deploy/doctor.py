@@ -11,6 +11,7 @@ from attn_deploy import environment, runtimes
 from attn_deploy.gpus import Gpus, nvidia_gpus
 from attn_deploy.runtimes import native
 from attn_deploy.runtimes.native import NativeStatus, cuda
+from attn_deploy.runtimes.saturation import saturates
 from attn_deploy.target import Target
 
 
@@ -112,8 +113,11 @@ def kernels_check(name: str, status: NativeStatus, otherwise: str) -> Check:
 
 
 def _int8() -> Check:
-    sets = environment.instruction_sets()
-    fast = [s for s in sets if "vnni" in s or "amx" in s or "dotprod" in s]
-    if fast:
-        return Check("INT8 on this CPU", True, f"dot products in hardware: {', '.join(fast)}")
-    return Check("INT8 on this CPU", None, "no integer dot product: INT8 may be slower than FP32, and saturate")
+    name = "INT8 on this CPU"
+    fast = [s for s in environment.instruction_sets() if "vnni" in s or "amx" in s or "dotprod" in s]
+    if saturates():
+        return Check(
+            name, None, "no dot products of 8 bits: INT8 multiplies in 16 bits, so that nothing saturates, and may be "
+            "slower than FP32",
+        )  # fmt: skip
+    return Check(name, True, f"dot products in hardware: {', '.join(fast)}" if fast else "multiplies in 16 bits")

@@ -10,7 +10,7 @@ from attn_deploy.errors import UnavailableError
 EXPORT_PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
 
 
-LOWERING_PACKAGES = ("onnx", "onnx_ir")
+LOWERING_PACKAGES = ("onnx", "onnx_ir", "safetensors")
 
 
 def require_lowering() -> None:
@@ -18,7 +18,7 @@ def require_lowering() -> None:
     missing = _missing(LOWERING_PACKAGES)
     if missing:
         raise UnavailableError(
-            "lowering a model anew needs onnx and onnx_ir",
+            "lowering a model anew needs onnx, onnx_ir and safetensors",
             got=f"{', '.join(missing)} not installed",
             next_step=f"pip install {' '.join(missing)}",
         )

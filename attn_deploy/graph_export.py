@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,18 +19,22 @@ from attn_deploy.data import Dataset, Split, open_data, require_labels
 from attn_deploy.errors import UnavailableError, UsageError
 from attn_deploy.inputs import make_feeds, named_specs, narrowed
 from attn_deploy.intent import intent_of, site_entries
-from attn_deploy.manifest import Graph, Variant, graph_file
+from attn_deploy.judged_samples import JudgedSamples
+from attn_deploy.manifest import Graph, graph_file
 from attn_deploy.measuring import Conditions, Measured, measure_candidates
 from attn_deploy.options import ExportOptions
 from attn_deploy.parity import parity_cases
+from attn_deploy.precision_plan import PrecisionPlan
 from attn_deploy.progress import Progress
 from attn_deploy.proving import Proof
 from attn_deploy.receipt import MAIN, SCHEMA_VERSION, CandidateEntry, DataEntry, Receipt
+from attn_deploy.searching import Samples, Searched, search_plan, subject_of
 from attn_deploy.session import BATCH, Array
 from attn_deploy.target import Precision, Target
 from attn_deploy.tuning import MIN_CALL_MS, SECONDS, Tuned, is_tuned, tune, tuned_levels
 
 if TYPE_CHECKING:
+    from attn_deploy.export.candidates import Means
     from attn_deploy.export.canonical import CanonicalModel
     from attn_deploy.export.capture import CapturedModel
     from attn_deploy.export.lower.lowered import Conditions as LoweringConditions
@@ -38,6 +43,8 @@ if TYPE_CHECKING:
 
 DATA_BATCH = 8
 TUNING_BUDGET_S = SECONDS
+SCORED_BATCHES = 4
+"""Of those that calibrate: what each part of the model is tried on when its precision is searched."""
 
 
 class GraphExport:
@@ -62,6 +69,8 @@ class GraphExport:
         if options.data is None:
             if options.budget.max_drop is not None:
                 raise UsageError("--max-drop needs labelled data", next_step="add --data FOLDER")
+            if options.budget.min_agreement is not None and Precision.AUTO in options.precisions:
+                raise UsageError("a plan is searched for --min-agreement on data", next_step="add --data FOLDER")
             return
         specs = named_specs(self.source.inputs, options.dims)
         self.dataset = open_data(
@@ -104,21 +113,31 @@ class GraphExport:
         """Lowers every candidate to a file and opens it; those of targets that cannot run here are only written."""
         from attn_deploy.export.build import build_candidates, save_sources
         from attn_deploy.export.candidates import Means
+        from attn_deploy.export.lower.lowered import Alternative
 
         options = self.options
         folder = self._folder(root)
         folder.mkdir(exist_ok=True)
         save_sources(canonical, folder)
         tuned = self._tune(rewritten.captured, canonical, unavailable)
-        conditions = {target: self._conditions(target, tuned) for target in options.targets}
+        conditions = {target: self._conditions(target, tuned, canonical) for target in options.targets}
         self.progress.stage("candidates")
-        means = Means(self._calibration(rewritten.captured), _open_model, options.exclude)
+        means = Means(self._calibration(rewritten.captured), _open_model, options.exclude, self._given_plan(canonical))
+        searched = self._searched(rewritten.captured, canonical, means, tuned)
+        planned = {
+            target: Alternative(arguments={"plan": found.plan} if target.on_gpu else found.arguments)
+            for target, found in searched.items()
+        }
         extra = {t: runtimes.variant_options(t, canonical.dims, options.runtime_options) for t in options.targets}
         proofs, not_run = [], []
-        for candidate in build_candidates(rewritten, canonical, folder, options, means, conditions, self.progress):
+        for candidate in build_candidates(
+            rewritten, canonical, folder, options, means, conditions, planned, self.progress
+        ):
             candidate = replace(candidate, options={**extra[candidate.target], **candidate.options})
+            if candidate.precision is Precision.AUTO and not candidate.target.on_gpu:
+                candidate = replace(candidate, search=searched[candidate.target].entry)
             if tuned is not None and is_tuned(candidate, tuned):
-                candidate = replace(candidate, tuning=tuned.entry())
+                candidate = replace(candidate, tuning=tuned.entry(candidate.precision))
             if candidate.target in unavailable:
                 self.not_run.append(candidate)
                 not_run.append(_not_run(candidate, unavailable[candidate.target]))
@@ -135,24 +154,76 @@ class GraphExport:
         from attn_deploy.export.lower import pairs
 
         options, cpu = self.options, Target.ONNXRUNTIME_CPU
-        asked = (cpu, Precision.FP32) in pairs(options) and cpu not in unavailable
+        built = {precision for target, precision in pairs(options) if target is cpu}
+        asked = bool(built & {Precision.FP32, Precision.INT8, Precision.AUTO}) and cpu not in unavailable
         if not asked or options.tune is False:
             return None
-        model = LevelledModel(canonical, frozenset(runtimes.kernel_names(cpu)))
+        plan = self._int8_plan(canonical) if any(precision.quantized for precision in built) else None
+        model = LevelledModel(canonical, frozenset(runtimes.kernel_names(cpu)), plan)
         try:
             return tune(
                 model, self._single(captured), threads=self.threads, seconds=TUNING_BUDGET_S, progress=self.progress,
-                min_call_ms=0.0 if options.tune else MIN_CALL_MS,
+                min_call_ms=0.0 if options.tune else MIN_CALL_MS, verdict=built != {Precision.INT8},
             )  # fmt: skip
         except UnavailableError as error:
             self.warnings.append(f"not tuned: {error.what} ({error.got}; {error.expected})")
             return None
 
-    def _conditions(self, target: Target, tuned: Tuned | None) -> LoweringConditions:
+    def _given_plan(self, canonical: CanonicalModel) -> PrecisionPlan | None:
+        """The user's plan by the nodes of this model."""
+        from attn_deploy.export.precision.given_plan import given_plan
+
+        options = self.options
+        return None if options.plan is None else given_plan(canonical.model, options.plan, options.exclude)
+
+    def _int8_plan(self, canonical: CanonicalModel) -> PrecisionPlan:
+        """What INT8 means for this model: the user's plan, or all that may be INT8."""
+        from attn_deploy.export.precision import plan_int8
+
+        return self._given_plan(canonical) or plan_int8(canonical.model, self.options.exclude)
+
+    def _searched(
+        self, captured: CapturedModel, canonical: CanonicalModel, means: Means, tuned: Tuned | None
+    ) -> dict[Target, Searched]:
+        """How `auto` is lowered for each target that it is asked for: by the user's plan, else by a search."""
+        from attn_deploy.export.lower import pairs
+
+        targets = [target for target, precision in pairs(self.options) if precision is Precision.AUTO]
+        if not targets:
+            return {}
+        levels = None if tuned is None else tuned_levels(tuned)
+        subject = subject_of(canonical, means, levels)
+        if means.plan is not None:
+            found = Searched(means.plan, subject.arguments(means.plan), None)
+        else:
+            samples = self._samples(captured, means)
+            found = search_plan(subject, samples, self.options.budget, threads=self.threads, progress=self.progress)
+            if not found.plan.quantized:
+                self.warnings.append("no part of the model gains by INT8 on this host: the candidate `auto` is FP32")
+        return dict.fromkeys(targets, found)
+
+    def _samples(self, captured: CapturedModel, means: Means) -> Samples:
+        """What a search scores and judges with: parts of the data, or without data typical made inputs."""
+        split, single = self.split, self._single(captured)
+        assert means.calibration is not None
+        scoring = tuple(itertools.islice(means.calibration(), SCORED_BATCHES))
+        scores = scores_output({name: value.shape for name, value in captured.reference(single).items()})
+        if split is None:
+            cases = [case for case in parity_cases(captured.inputs, captured.dims) if case.typical]
+            judged = JudgedSamples(lambda: ((case.feeds, None) for case in cases), captured.reference)
+        else:
+            batches = split.judgement.batches
+            size = DATA_BATCH if BATCH in captured.dims else captured.inputs[0].shape[0]
+            judged = JudgedSamples(lambda: ((b.feeds, b.labels) for b in batches(size)), captured.reference)
+        return Samples(scoring, judged, scores, single)
+
+    def _conditions(self, target: Target, tuned: Tuned | None, canonical: CanonicalModel) -> LoweringConditions:
         from attn_deploy.export.lower.lowered import Conditions
 
         found = {} if tuned is None or target is not Target.ONNXRUNTIME_CPU else tuned_levels(tuned)
-        return Conditions(frozenset(runtimes.kernel_names(target)), self.options.tensorrt_version, found)
+        kernels = frozenset(runtimes.kernel_names(target))
+        blocks = target is Target.ONNXRUNTIME_CPU and self.options.plan is None and runtimes.multiplies_blocks()
+        return Conditions(kernels, self.options.tensorrt_version, found, self._int8_plan(canonical), blocks)
 
     def _folder(self, root: Path) -> Path:
         return root / graph_file(self.name, "")
@@ -278,12 +349,13 @@ class GraphExport:
         variants = {}
         for built in (*(p.built for p in proofs), *self.not_run):
             if built.id not in kept:
-                for file in built.files:
+                for file in built.held:
                     file.unlink()
                 continue
-            files = tuple(f.relative_to(root).as_posix() for f in built.files)
             library = runtimes.library_name(built.target) if built.library else None
-            variants[built.id] = Variant(str(built.target), str(built.precision), files, library, built.options)
+            variants[built.id] = built.variant(
+                library, {file: file.relative_to(root).as_posix() for file in built.held}
+            )
         graph = Graph(canonical.inputs, canonical.outputs, canonical.dims, variants, self.source.inputs)
         if self.name == MAIN:
             return graph

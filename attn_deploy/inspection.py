@@ -19,6 +19,8 @@ from attn_deploy.heatmap import Heatmap, Subject, draw_heatmaps
 from attn_deploy.inputs import ExampleInput, make_feeds
 from attn_deploy.intent import intent_of, site_entries
 from attn_deploy.manifest import graph_file
+from attn_deploy.plan_file import read_plan
+from attn_deploy.precision_plan import PrecisionPlan
 from attn_deploy.preprocess import load_image
 from attn_deploy.readback import dtype_shares, site_runs
 from attn_deploy.receipt import MAIN, Intent, Receipt, SiteEntry, SiteRun, Tuning
@@ -48,6 +50,8 @@ class VariantInspection(msgspec.Struct, frozen=True):
     """Sites that run as one kernel."""
     tuning: Tuning | None = None
     """How its levels were chosen, where they were."""
+    plan: PrecisionPlan | None = None
+    """What it was lowered by, where it has a plan."""
 
 
 class Inspection(msgspec.Struct, frozen=True):
@@ -128,6 +132,7 @@ def _inspect_graph(bundle: Bundle, graph_name: str, receipt: Receipt, drawing: D
                 implementations=_count(run.implementation for run in runs),
                 one_kernel=sum(run.one_kernel for run in runs),
                 tuning=next((c.tuning for c in receipt.candidates if c.id == name), None),
+                plan=None if variant.plan is None else read_plan(bundle.check(variant.plan)),
             )
         )
     heatmaps: tuple[Heatmap, ...] = ()

@@ -21,7 +21,8 @@ class Variant(msgspec.Struct, frozen=True):
     """One lowered model. `files` are bundle-relative, the model first, then what it refers to (external data).
 
     `library` names the native library the model's custom operators need, None for plain ONNX. `options` are what the
-    session is opened with.
+    session is opened with. `plan` is the file with the precision plan that it was lowered by, `statistics` the one with
+    the ranges of activations that this needed: with both it can be lowered again on another host, without data.
     """
 
     target: str
@@ -29,6 +30,13 @@ class Variant(msgspec.Struct, frozen=True):
     files: tuple[str, ...]
     library: str | None = None
     options: dict[str, str] = {}
+    plan: str | None = None
+    statistics: str | None = None
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """All of its files in the bundle."""
+        return self.files + tuple(name for name in (self.plan, self.statistics) if name is not None)
 
 
 class Graph(msgspec.Struct, frozen=True, omit_defaults=True):

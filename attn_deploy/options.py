@@ -8,6 +8,7 @@ from typing import Any
 
 from attn_deploy.choice import Budget
 from attn_deploy.inputs import ExampleInput
+from attn_deploy.precision_plan import PrecisionPlan
 from attn_deploy.session import DimBounds
 from attn_deploy.target import Precision, Target
 from attn_deploy.verdict import All
@@ -20,6 +21,7 @@ EVAL_SAMPLES = 200
 class ExportOptions:
     """`precisions_asked` says that they were named, so that one which fails is an error and not a row of the receipt.
     A name that stands several times in `inputs` asks for several resolutions, one graph of the bundle for each.
+    `plan`: the user's, for INT8 and for `auto`, which is searched without one.
     `targets` empty: what the host has; `targets_asked` says that they were named. `tensorrt_version`: of the TensorRT
     that will build the engine, None for the newest known. `runtime_options`: of the sessions on a GPU. `tune`: measure
     each part of the model on the CPU at every level of fusion; None: where a call takes long enough for that."""
@@ -35,6 +37,7 @@ class ExportOptions:
     runtime_options: Mapping[str, str] = field(default_factory=dict)
     precisions: Sequence[Precision] = (Precision.FP32, Precision.INT8)
     precisions_asked: bool = False
+    plan: PrecisionPlan | None = None
     exclude: Sequence[str] = ()
     data: str | None = None
     preprocess: str | None = None

@@ -11,6 +11,7 @@ import numpy as np
 from attn_deploy.inputs import FLOATS, ExampleInput, feeds_batch, make_feeds, sequence_length
 from attn_deploy.receipt import CaseParity, Fidelity, Parity, SiteParity
 from attn_deploy.session import BATCH, SEQUENCE, Array, DimBounds
+from attn_deploy.target import Precision
 
 FP32_MIN_SQNR_DB = 60.0
 FP32_MAX_REL = 1e-4
@@ -109,12 +110,15 @@ class Case:
 
 @dataclass(frozen=True)
 class SiteCase:
-    """One site of a candidate alone: a small ONNX model, the reference's values for its inputs and for its result."""
+    """One site of a candidate alone: a small ONNX model, the reference's values for its inputs and for its result.
+    `arithmetic`: the coarsest that it computes in, which need not be the candidate's: attention beside INT8 layers is
+    in FP32."""
 
     module: str
     model: bytes
     feeds: Mapping[str, Array]
     expected: Array
+    arithmetic: Precision = Precision.FP32
 
 
 @dataclass(frozen=True)

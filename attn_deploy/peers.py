@@ -161,7 +161,7 @@ def _on_gpu(
     from attn_deploy.export.build import plain_model
     from attn_deploy.export.torch_on_gpu import TorchOnGpu
 
-    precision = Precision.FP16 if place.precision is Precision.INT8 else place.precision
+    precision = Precision.FP16 if place.precision.quantized else place.precision
     peers = []
     plain: Path | None = None
     for name in names:

@@ -82,6 +82,11 @@ def _check_precisions(options: ExportOptions) -> None:
     from attn_deploy.export.lower import pairs
 
     pairs(options)
+    if options.plan is not None and not any(precision.quantized for precision in options.precisions):
+        raise UsageError(
+            "a plan is for a quantized precision", got=", ".join(options.precisions), expected="int8, auto or fp8",
+            next_step="--precision auto with --plan takes the plan as it stands",
+        )  # fmt: skip
 
 
 def _check_targets(options: ExportOptions) -> dict[Target, str]:

@@ -6,6 +6,7 @@ so that one plan serves every target; each target's lowering says what it does w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from enum import StrEnum
 
@@ -20,14 +21,26 @@ class Scheme(StrEnum):
     FLOAT = "float"
     """In the precision of the variant around it."""
 
-    PER_TOKEN = "int8-per-token"  # noqa: S105
+    PER_TOKEN = "int8-per-token"
     """Linear layers: activations unsigned, with scale and zero point of their own for each token, found at run time."""
 
     STATIC = "int8-static"
     """Activations with one calibrated range for the whole tensor: convolutions, and whatever TensorRT runs."""
 
     WEIGHT_ONLY = "int8-weights"
-    """Weights in blocks of inputs, each block with its scale; products in floating point."""
+    """Linear layers on the CPU: weights in blocks of inputs, each with its scale; activations are rounded to 8 bits by
+    the same blocks at run time."""
+
+    FP8 = "fp8"
+    """Linear layers and convolutions on TensorRT: E4M3, weights per output channel, activations with one calibrated
+    scale for the whole tensor."""
+
+    FLOAT32 = "float32"
+    """FP32 in a variant that is FP16, BF16, INT8 or FP8 on a GPU. On the CPU it says the same as FLOAT."""
+
+    @property
+    def quantizes(self) -> bool:
+        return self not in (Scheme.FLOAT, Scheme.FLOAT32)
 
 
 class LayerPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,13 +66,23 @@ class PrecisionPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def scheme(self, layer: str) -> Scheme:
         return next((p.scheme for p in self.layers if p.layer == layer), Scheme.FLOAT)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many layers have each scheme."""
+        return dict(Counter(str(p.scheme) for p in self.layers).most_common())
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """The layers that are not in floating point."""
+        return tuple(p.layer for p in self.layers if p.scheme.quantizes)
+
     def of(self, *schemes: Scheme) -> tuple[str, ...]:
         """The layers with one of these schemes."""
         return tuple(p.layer for p in self.layers if p.scheme in schemes)
 
     @property
     def exempt(self) -> tuple[str, ...]:
-        """Names of the weighted layers left in floating point, with the reason."""
+        """Names of the weighted layers left in the float type around them, with the reason."""
         return tuple(f"{p.layer}: {p.reason}" for p in self.layers if p.scheme is Scheme.FLOAT)
 
     def restricted(self, layers: Collection[str]) -> PrecisionPlan:

@@ -44,8 +44,8 @@ BLOCKED = "Blocked"
 BLOCKED_CONVOLUTIONS = ("BlockedPointwise", "BlockedDepthwise")
 EXPANDING = "BlockedExpandDepthwise"
 ATTENTION = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention"})
-INTEGER_INSIDE = frozenset({"DynamicQuantizeMatMul", "QGemm"})
-"""Operators that read floats and multiply integers."""
+INTEGER_INSIDE = frozenset({"DynamicQuantizeMatMul", "QGemm", "MatMulNBits"})
+"""Operators that read floats and multiply integers: MatMulNBits at the accuracy level that we ask for."""
 
 
 def site_runs(sites: Iterable[tuple[str, str]], nodes: Sequence[Node]) -> tuple[SiteRun, ...]:
@@ -164,8 +164,12 @@ def multiply_adds(node: Node) -> int:
     return 0
 
 
-MULTIPLYING = frozenset({"Attention", "AttentionBlock", "ChannelAttention", "FeedForward", "Linear", "PackedAttention"})
+MULTIPLYING = frozenset({"Attention", "AttentionBlock", "ChannelAttention", "FeedForward", "Linear", "PackedAttention",
+                         "QuantizedAttentionBlock", "QuantizedFeedForward", "QuantizedLinear"})  # fmt: skip
 """Operators of ours that are matrix products, as opposed to gates and pools."""
+
+QUANTIZED = frozenset(name for name, form in FORMS.items() if form.operator.startswith("Quantized"))
+"""Those whose weights are in 8 bits. They read floats and multiply integers, but for an attention inside."""
 
 
 def _of_form(node: Node) -> int:
@@ -193,7 +197,7 @@ def _summed(first: tuple[int, ...], result: tuple[int, ...]) -> int:
 
 def compute_type(node: Node) -> str:
     """`int8`, `float32`, ...: what the node multiplies in."""
-    if node.op_type in INTEGER_INSIDE or node.inputs[0].dtype in ("uint8", "int8"):
+    if node.op_type in INTEGER_INSIDE | QUANTIZED or node.inputs[0].dtype in ("uint8", "int8"):
         return "int8"
     return node.inputs[0].dtype
 
@@ -220,15 +224,17 @@ def _work(node: Node) -> list[tuple[str, int, str]]:
     work = multiply_adds(node)
     kind = compute_type(node) if work else ""
     linear = _of_linear_layers(node)
-    return [row for row in ((node.name, work - linear, kind), ("", linear, kind)) if row[1]]
+    attention = node.inputs[0].dtype if linear else kind
+    return [row for row in ((node.name, work - linear, attention), ("", linear, kind)) if row[1]]
 
 
 def _of_linear_layers(node: Node) -> int:
     """Of an attention block, which is named after its site, what is done by the linear layers around the site."""
-    if node.op_type not in FORMS or FORMS[node.op_type].operator != "AttentionBlock" or len(node.inputs) < 6:
+    form = FORMS.get(node.op_type)
+    if form is None or form.operator not in ("AttentionBlock", "QuantizedAttentionBlock"):
         return 0
-    rows = math.prod(node.inputs[0].shape)
-    return rows * (node.inputs[3].shape[1] + node.inputs[5].shape[1])
+    weights = [t for t, given in zip(node.inputs, form.inputs, strict=False) if given.name.startswith("weight_")]
+    return math.prod(node.inputs[0].shape) * sum(t.shape[1] for t in weights if len(t.shape) == 2)
 
 
 def _shares(work: collections.Counter[str]) -> dict[str, float]:

@@ -173,6 +173,59 @@ class Tuning(msgspec.Struct, frozen=True):
     ratio_ci95: tuple[float, float] | None = None
 
 
+class PlanPart(msgspec.Struct, frozen=True):
+    """A part of the model that search put into INT8 alone: `layers` of its weighted layers. `sqnr_db` and `divergence`
+    (Kullback-Leibler, nats, of the class scores; None without such) are the whole model's then, against FP32 on samples
+    that calibrate. `gain_us`: what its INT8 form saves inside the whole model on this host, for one call."""
+
+    name: str
+    layers: int
+    sqnr_db: float
+    divergence: float | None
+    gain_us: float
+    quantized: bool
+    """Whether the chosen plan has it in INT8."""
+
+
+class FrontierPoint(msgspec.Struct, frozen=True):
+    """A plan that search tried whole. `predicted_` follows from its parts alone; the rest was taken on samples that
+    calibration did not see, the time in turns with all other points."""
+
+    parts: int
+    layers: int
+    """Weighted layers in INT8."""
+    predicted_sqnr_db: float
+    sqnr_db: float
+    agreement: float | None
+    accuracy: float | None
+    """Percent, where there are labels."""
+    predicted_ms: float
+    measured_ms: float | None
+    fault: str | None
+    """Why it misses the budget."""
+    chosen: bool = False
+
+
+class Search(msgspec.Struct, frozen=True):
+    """How a plan was found: the parts by what they cost and gain, and what the plans made of them measured. `met`:
+    whether one of them keeps the budget; else the nearest is chosen."""
+
+    cpu: str
+    threads: int
+    """Where and how gains and times were taken."""
+    budget: str
+    ranked_by: str
+    """What of the parts was added up against the budget: noise, or divergence."""
+    scored: int
+    verified: int
+    """Samples that scored the parts, and that verified plans."""
+    parts: tuple[PlanPart, ...]
+    frontier: tuple[FrontierPoint, ...]
+    reverted: tuple[str, ...] = ()
+    """Parts that went back to floating point after the knapsack had taken them."""
+    met: bool = True
+
+
 class CandidateEntry(msgspec.Struct, frozen=True):
     """One candidate. `id` names it within its graph: every graph has candidates of the same ids."""
 
@@ -200,6 +253,10 @@ class CandidateEntry(msgspec.Struct, frozen=True):
     """What half precision costs each block; of targets on a GPU."""
     tuning: Tuning | None = None
     """Of a candidate whose levels were chosen by measuring."""
+    schemes: dict[str, int] = {}
+    """Weighted layers by their scheme in the precision plan; without a plan empty."""
+    search: Search | None = None
+    """Of a candidate whose plan was searched."""
     graph: str = MAIN
 
 

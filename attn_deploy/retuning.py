@@ -1,4 +1,5 @@
-"""retune(): the fastest lowering of a bundle's FP32 model on this host, measured anew and kept in the bundle."""
+"""retune(): the fastest lowering of a bundle's model on this host, measured anew and kept in the bundle: of FP32, and
+of each variant that follows a precision plan by its plan."""
 
 from __future__ import annotations
 
@@ -26,8 +27,9 @@ from attn_deploy.manifest import Variant, graph_file
 from attn_deploy.parity import parity_cases
 from attn_deploy.progress import Progress, Silent, of_graph
 from attn_deploy.proving import Proof
-from attn_deploy.receipt import CandidateEntry, Receipt, Tuning, merged
+from attn_deploy.receipt import CandidateEntry, Receipt, Search, Tuning, merged
 from attn_deploy.reference import own_reference
+from attn_deploy.relowering import lowerings, planned_variants
 from attn_deploy.report import html_page
 from attn_deploy.resolutions import about
 from attn_deploy.runtimes import native
@@ -68,8 +70,9 @@ def retune(
     graph: str | None = None,
     progress: Progress | None = None,
 ) -> Retuning:
-    """Lowers the bundle's canonical FP32 model at the levels that are fastest here, proves it against the bundle's
-    portable model, measures it against what the bundle holds, and rewrites the bundle with what is fastest.
+    """Lowers the bundle's canonical model at the levels that are fastest here, in FP32 and by each plan that it holds,
+    proves that against the bundle's portable model, measures it against what else the bundle holds, and rewrites the
+    bundle with what is fastest. Every plan stays in it, with the fastest lowering of it.
 
     `seconds`: for all measuring of a graph. Needs onnx and onnx_ir, not torch. Raises UsageError (another target, no
     variant for the CPU), UnavailableError (no native library, a missing package), StorageError (read-only).
@@ -123,10 +126,13 @@ def _check(bundle: Bundle, target: str | None) -> None:
 
 @dataclass(frozen=True)
 class _Retuned:
-    """What is to be written of one graph. `fresh` is the new variant; None where one that is there was chosen."""
+    """What is to be written of one graph: `fresh` in place of the variants `gone`."""
 
     outcome: GraphRetuning
-    fresh: Built | None
+    fresh: tuple[Built, ...]
+    gone: frozenset[str]
+    anew: frozenset[str]
+    """The precisions that were lowered anew, kept or not."""
 
 
 class _GraphRetuning:
@@ -138,6 +144,7 @@ class _GraphRetuning:
         self.threads = threads
         self.seconds = seconds
         self.folder = folder
+        self.planned = planned_variants(bundle, name)
 
     def run(self, progress: Progress) -> _Retuned:
         """Levels, candidates, their proof, and the choice among them and the variants that stay."""
@@ -147,7 +154,8 @@ class _GraphRetuning:
         canonical = canonical_of(self.bundle, self.name, self.receipt)
         batch = graph.dims["batch"].min if "batch" in graph.dims else None
         feeds = make_feeds(graph.examples, batch=batch, seed=31)
-        model = LevelledModel(canonical, frozenset(native.kernel_names()))
+        plan = self.planned[0].plan if self.planned else None
+        model = LevelledModel(canonical, frozenset(native.kernel_names()), plan)
         seconds = self.seconds * (1 - VERDICT_SHARE)
         tuned = tune(model, feeds, threads=self.threads, seconds=seconds, progress=progress)
         progress.stage("candidates")
@@ -161,7 +169,7 @@ class _GraphRetuning:
         )
         size = next(iter(feeds.values())).shape[0]
         rows = tuple(proving.entry(proof, measurement, size, self.threads) for proof in proofs)
-        return self._chosen(rows, [p.built for p in proofs], self._timed(others, measurement, size), measurement, tuned)
+        return self._chosen(rows, proofs, self._timed(others, measurement, size), measurement, tuned)
 
     def _candidates(self, canonical: CanonicalModel, tuned: Tuned | None, progress: Progress) -> list[Built]:
         from attn_deploy.export.candidates import Means, Plan, lowered_candidates
@@ -169,18 +177,34 @@ class _GraphRetuning:
         from attn_deploy.export.lower.lowered import Conditions
 
         self.folder.mkdir()
-        levels = {} if tuned is None else tuned_levels(tuned)
-        conditions = Conditions(frozenset(native.kernel_names()), tuned=levels)
+        levels = None if tuned is None else tuned_levels(tuned)
+        conditions = Conditions(frozenset(native.kernel_names()), tuned=levels or {})
         offered = RECIPES[CPU].alternatives(canonical, Precision.FP32, conditions)
         plans = [Plan(CPU, Precision.FP32, alternative) for alternative in offered]
-        made = [built for built, _ in lowered_candidates(canonical, plans, self.folder, Means(), progress)]
+        for variant in self.planned:
+            plans += lowerings(variant, canonical, conditions, levels)
+        made = [
+            dataclasses.replace(built, search=self._search_of(built.precision))
+            for built, _ in lowered_candidates(canonical, plans, self.folder, Means(), progress)
+        ]
         if tuned is None:
             return made
-        return [dataclasses.replace(b, tuning=tuned.entry()) if is_tuned(b, tuned) else b for b in made]
+        return [dataclasses.replace(b, tuning=tuned.entry(b.precision)) if is_tuned(b, tuned) else b for b in made]
+
+    def _search_of(self, precision: Precision) -> Search | None:
+        """How the plan was found, at export: it stays, with the name of its host."""
+        row = self._row(precision)
+        return None if row is None else row.search
+
+    def _row(self, precision: Precision) -> CandidateEntry | None:
+        """The receipt's row of the variant that is lowered again in this precision."""
+        name = next((v.name for v in self.planned if v.precision is precision), None)
+        return next((row for row in self.receipt.candidates if row.id == name), None)
 
     def _staying(self) -> list[Built]:
-        """Variants for the CPU in another precision that have passed: only what is FP32 is lowered anew."""
+        """Variants for the CPU that have passed and are not lowered anew: neither in FP32 nor with a plan."""
         rows = {row.id: row for row in self.receipt.candidates if row.status == "passed"}
+        anew = {variant.name for variant in self.planned}
         return [
             Built(
                 id=name,
@@ -192,7 +216,7 @@ class _GraphRetuning:
                 sites=(),
             )
             for name, variant in self.graph.variants.items()
-            if variant.target == CPU and variant.precision != Precision.FP32 and name in rows
+            if variant.target == CPU and variant.precision != Precision.FP32 and name in rows and name not in anew
         ]
 
     def _opened(self, built: Built) -> Proof:
@@ -205,7 +229,9 @@ class _GraphRetuning:
         cases = parity_cases(graph.examples, graph.dims)
         expected = [reference.outputs(case.feeds, graph) for case in cases]
         for proof in proofs:
-            proving.check_parity(proof, cases, expected, Budget().tolerance(Precision.FP32), has_data=False)
+            precision = proof.built.precision
+            proving.check_parity(proof, cases, expected, Budget().tolerance(precision), has_data=False)
+            proving.judge_by_row(proof, self._row(precision))
             proving.read_back(proof, cases[0].feeds)
         if all(proof.fault is not None for proof in proofs):
             raise ParityError(
@@ -225,14 +251,26 @@ class _GraphRetuning:
         ]
 
     def _chosen(
-        self, rows: tuple[CandidateEntry, ...], built: Sequence[Built], timed: Sequence[CandidateEntry],
+        self, rows: tuple[CandidateEntry, ...], proofs: Sequence[Proof], timed: Sequence[CandidateEntry],
         measurement: Measurement | None, tuned: Tuned | None,
     ) -> _Retuned:  # fmt: skip
+        """What is fastest here; and of each plan the fastest lowering in the place of the one that was there."""
         faster = measurement.clearly_faster if measurement is not None else lambda a, b: False
         chosen = choose([*rows, *timed], faster)[CPU]
         before = self.bundle.manifest.chosen_of(self.name).get(CPU)
         outcome = GraphRetuning(before, chosen, None if tuned is None else tuned.entry(), (*rows, *timed))
-        return _Retuned(outcome, next((b for b in built if b.id == chosen), None))
+        kept = {chosen} | {best for v in self.planned if (best := _fastest(rows, v.precision)) is not None}
+        fresh = tuple(proof.built for proof in proofs if proof.built.id in kept)
+        kept_precisions = {built.precision for built in fresh}
+        variants = self.graph.variants.items()
+        gone = frozenset(n for n, v in variants if v.target == CPU and Precision(v.precision) in kept_precisions)
+        return _Retuned(outcome, fresh, gone, frozenset(str(proof.built.precision) for proof in proofs))
+
+
+def _fastest(rows: Sequence[CandidateEntry], precision: Precision) -> str | None:
+    """Of the rows in this precision that passed; None where none did: what the bundle holds stays."""
+    passed = [r for r in rows if r.precision == precision and r.status == "passed" and r.latency is not None]
+    return min(passed, key=lambda r: r.latency.p50_ms).id if passed else None  # type: ignore[union-attr]
 
 
 def canonical_of(bundle: Bundle, graph: str, receipt: Receipt) -> CanonicalModel:
@@ -260,7 +298,7 @@ def _rewrite(bundle: Bundle, receipts: Mapping[str, Receipt], found: Mapping[str
     variants: dict[str, dict[str, Variant]] = {}
     with bundle.adopting() as adopt:
         for name, retuned in found.items():
-            updated[name] = _with_rows(receipts[name], retuned.outcome)
+            updated[name] = _with_rows(receipts[name], retuned)
             variants[name] = _variants(bundle, name, retuned, adopt)
         names = [graph_file(name, of.outcome.chosen) for name, of in found.items()]
         receipt = _tuned_here(merged(updated), names)
@@ -270,28 +308,27 @@ def _rewrite(bundle: Bundle, receipts: Mapping[str, Receipt], found: Mapping[str
 def _variants(
     bundle: Bundle, graph: str, retuned: _Retuned, adopt: Callable[[str, Sequence[Path]], tuple[str, ...]]
 ) -> dict[str, Variant]:
-    """Those of the graph from here on: the FP32 one for the CPU is the fresh one, where that was chosen."""
+    """Those of the graph from here on: the fresh ones first."""
     held = bundle.manifest.graphs[graph].variants
-    fresh = retuned.fresh
-    if fresh is None:
-        return dict(held)
-    kept = {n: v for n, v in held.items() if v.target != CPU or v.precision != Precision.FP32}
-    library = runtimes.library_name(CPU) if fresh.library else None
-    before = held.get(fresh.id)
-    if before is not None and [bundle.manifest.files[f] for f in before.files] == [file_entry(f) for f in fresh.files]:
-        return {fresh.id: before, **kept}
-    files = adopt(graph, fresh.files)
-    return {fresh.id: Variant(str(CPU), str(Precision.FP32), files, library, fresh.options), **kept}
+    made = {}
+    for fresh in retuned.fresh:
+        before = held.get(fresh.id)
+        if before is None or [bundle.manifest.files[f] for f in before.held] != [file_entry(f) for f in fresh.held]:
+            library = runtimes.library_name(CPU) if fresh.library else None
+            before = fresh.variant(library, dict(zip(fresh.held, adopt(graph, fresh.held), strict=True)))
+        made[fresh.id] = before
+    return made | {name: variant for name, variant in held.items() if name not in retuned.gone | made.keys()}
 
 
-def _with_rows(receipt: Receipt, outcome: GraphRetuning) -> Receipt:
-    """Fresh rows in place of those of FP32 on the CPU and of what was timed again. Peers were measured beside another
-    variant: they go where that one did."""
+def _with_rows(receipt: Receipt, retuned: _Retuned) -> Receipt:
+    """Fresh rows in place of those of the same precisions on the CPU. Peers were measured beside another variant: they
+    go where that one did."""
+    outcome = retuned.outcome
     fresh = {row.id for row in outcome.candidates}
     others = [
         row
         for row in receipt.candidates
-        if row.id not in fresh and not (row.target == CPU and row.precision == Precision.FP32)
+        if row.id not in fresh and not (row.target == CPU and row.precision in retuned.anew)
     ]
     gone = {row.id for row in receipt.candidates} - {row.id for row in others}
     return replace(

@@ -27,12 +27,25 @@ class Precision(StrEnum):
     `FP16` on an x86 CPU is a storage format: the weights are stored in half precision and computed in FP32,
     since no x86 kernel of ONNX Runtime multiplies in FP16 (receipt: `storage`, with `dtype_share` float32). On a GPU
     `FP16` and `BF16` are what is computed in, said by the types of the graph; the model's inputs and outputs stay FP32.
+
+    `INT8` on the CPU has a form whose weights are quantized in blocks of inputs (candidates that end in `-weights`,
+    scheme `int8-weights` of a plan): the file keeps them in 8 bits, and ONNX Runtime's MatMulNBits quantizes the
+    activations by the same blocks and multiplies integers. `FP8` is E4M3, and TensorRT's alone.
     """
 
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
     INT8 = "int8"
+    FP8 = "fp8"
+    AUTO = "auto"
+    """As a precision plan says, layer by layer: one that was searched under the budget, or the user's own. Unlike INT8
+    it promises no share: INT8 is where it is worth its loss."""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether a plan decides, and ranges of activations fit typical inputs alone."""
+        return self in (Precision.INT8, Precision.FP8, Precision.AUTO)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -6,6 +6,10 @@ First each level is profiled where every unit that has it runs at it, in turns, 
 their fastest levels. Then, in a run of its own and without a profile, the whole model of these choices is measured
 against stock and against each uniform level: where one of them is clearly faster, that is kept instead. What is kept
 is a candidate like others: a third run, with their peers, chooses it only if it is clearly faster than stock.
+
+A model may have levels in INT8 beside those in floating point: they are profiled in the same run, so that times of both
+precisions compare, and each part gets the fastest of either. Which mixture is faster as a whole is for the candidates'
+own run to tell.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from attn_deploy import environment, runtimes
 from attn_deploy.built import Built
 from attn_deploy.errors import UnavailableError
 from attn_deploy.latency import Comparison, Measurement, System, measure
+from attn_deploy.levels import floating, is_int8
 from attn_deploy.memory import BYTES_PER_MB
 from attn_deploy.progress import Progress
 from attn_deploy.receipt import Tuning, UnitTuning
@@ -45,6 +50,9 @@ MIN_CALL_MS = 0.5
 COPIES = 2
 """Of its weights in a session: the model's, and those packed for the kernels."""
 
+INT8_SIZE = 0.25
+"""Of a session in INT8, by that of one in FP32."""
+
 MEMORY_SHARE = 0.5
 
 Levels = Mapping[str, str]
@@ -60,7 +68,7 @@ class Levelled(Protocol):
 
     @property
     def levels(self) -> Sequence[str]:
-        """All that some unit has, the plainest first; the first is stock."""
+        """All that some unit has, the plainest first; the first is stock. Those in INT8 follow those in FP32."""
 
     @property
     def inputs(self) -> Sequence[TensorSpec]: ...
@@ -77,7 +85,8 @@ class Levelled(Protocol):
 @dataclass(frozen=True)
 class Tuned:
     """`levels` is what is kept, of every unit; `uniform` its name where it is a uniform level, from stock to the
-    `coarsest`."""
+    `coarsest`. Both are of FP32; `int8` are the fastest of the levels in INT8, of units that have some, beside the
+    fastest of all others."""
 
     levels: dict[str, str]
     uniform: str | None
@@ -87,36 +96,45 @@ class Tuned:
     threads: int
     batch: int
 
-    def among(self, allowed: Sequence[str]) -> dict[str, str]:
-        """The fastest of the allowed levels for each unit, by the same measurement: for INT8, where only sites have a
-        level besides stock and run the same kernel on the same shapes."""
-        return {unit: group.fastest(allowed) for group in self.groups for unit in group.units}
+    @property
+    def int8(self) -> dict[str, str]:
+        return {unit: group.fastest_int8() for group in self.groups for unit in group.units}
 
-    def entry(self) -> Tuning:
-        """For the receipt."""
-        of_model = self.against_stock
+    def entry(self, precision: Precision = Precision.FP32) -> Tuning:
+        """For the receipt: what is kept of FP32 with the times of its levels, or of INT8 with those of all."""
+        if precision.quantized:
+            rows = [_row(group, group.fastest_int8(), group.levels) for group in self.groups]
+            of_model = None
+        else:
+            of_model = self.against_stock
+            rows = [_row(group, self.levels[group.units[0]], _floating(group.levels)) for group in self.groups]
         return Tuning(
             cpu=str(environment.host()["cpu"]),
             threads=self.threads,
             batch=self.batch,
-            units=tuple(_row(group, self.levels[group.units[0]]) for group in self.groups),
+            units=tuple(rows),
             ratio=None if of_model is None else of_model.ratio,
             ratio_ci95=None if of_model is None else of_model.ratio_ci95,
         )
 
 
-def _row(group: GroupTimes, level: str) -> UnitTuning:
+def _floating(levels: Sequence[str]) -> list[str]:
+    return [level for level in levels if not is_int8(level)]
+
+
+def _row(group: GroupTimes, level: str, levels: Sequence[str]) -> UnitTuning:
     gain, (low, high) = group.gain(level, STOCK)
-    times_us = {name: round(group.time_us(name), 1) for name in group.levels}
+    times_us = {name: round(group.time_us(name), 1) for name in levels}
     return UnitTuning(group.units, level, times_us, round(gain, 4), (round(low, 4), round(high, 4)))
 
 
 def tune(
     model: Levelled, feeds: Mapping[str, Array], *, threads: int, seconds: float, progress: Progress,
-    min_call_ms: float = 0.0,
+    min_call_ms: float = 0.0, verdict: bool = True,
 ) -> Tuned | None:  # fmt: skip
     """The levels that are fastest on this host. None for a model without units, or one of which a stock call takes less
-    than `min_call_ms`. Raises UnavailableError where memory has no room for a session of every level at once."""
+    than `min_call_ms`. `verdict` False: without the second run, of whole models in FP32. Raises UnavailableError where
+    memory has no room for a session of every level at once."""
     if not model.groups:
         return None
     batch = next(iter(feeds.values())).shape[0]
@@ -127,37 +145,44 @@ def tune(
             return None
         progress.stage("tuning: levels")
         groups = _ranked(saved, feeds, seconds * RANKING_SHARE, progress.step)
-        levels = {unit: group.fastest() for group in groups for unit in group.units}
-        systems = {name: model.uniform(name) for name in model.levels}
+        levels = {unit: group.fastest_floating() for group in groups for unit in group.units}
+        systems = {name: model.uniform(name) for name in _floating(model.levels)}
         chosen = next((name for name, uniform in systems.items() if uniform == levels), CHOSEN)
         systems |= {chosen: levels}
         kept, against = chosen, None
-        if chosen != STOCK:
+        if chosen != STOCK and verdict:
             progress.stage("tuning: verdict")
             measurement = _whole_models(saved, systems, feeds, seconds * (1 - RANKING_SHARE), progress.step)
             kept = kept_system(measurement, chosen)
             against = measurement.compare(kept, STOCK) if kept != STOCK else None
     uniform_name = kept if kept in model.levels else None
-    return Tuned(systems[kept], uniform_name, model.levels[-1], groups, against, threads, batch)
+    return Tuned(systems[kept], uniform_name, _floating(model.levels)[-1], groups, against, threads, batch)
 
 
 NATIVE_SUFFIX, TUNED_SUFFIX = "-native", "-tuned"
 """How the ids of candidates end: every unit at its coarsest level, and each at the level that tuning kept."""
 
-SITES_ONLY = (STOCK, "site")
-"""What units can be in INT8."""
-
 
 def tuned_levels(tuned: Tuned) -> dict[Precision, dict[str, str]]:
-    """The levels of each unit, by precision: what the recipe offers candidates by."""
-    return {Precision.FP32: tuned.levels, Precision.INT8: tuned.among(SITES_ONLY)}
+    """The levels of each unit, by precision: what the recipe offers candidates by. A precision has its own levels, so
+    their names are without it."""
+    return {
+        Precision.FP32: tuned.levels,
+        Precision.INT8: {unit: floating(level) for unit, level in tuned.int8.items()},
+    }
 
 
 def is_tuned(candidate: Built, tuned: Tuned) -> bool:
     """Whether the candidate runs at the levels that were kept."""
-    if candidate.target is not Target.ONNXRUNTIME_CPU or candidate.precision is not Precision.FP32:
+    if candidate.target is not Target.ONNXRUNTIME_CPU:
         return False
-    suffix = {STOCK: "", tuned.coarsest: NATIVE_SUFFIX}.get(tuned.uniform or "", TUNED_SUFFIX)
+    if candidate.precision is Precision.FP32:
+        suffix = {STOCK: "", tuned.coarsest: NATIVE_SUFFIX}.get(tuned.uniform or "", TUNED_SUFFIX)
+    elif candidate.precision is Precision.INT8 and any(is_int8(level) for level in tuned.int8.values()):
+        coarsest = all(group.fastest_int8() == group.levels[-1] for group in tuned.groups)
+        suffix = NATIVE_SUFFIX if coarsest else TUNED_SUFFIX
+    else:
+        return False
     return candidate.id == f"{candidate.target}-{candidate.precision}{suffix}"
 
 
@@ -195,7 +220,8 @@ class _Saved:
 
 def _check_memory(saved: _Saved) -> None:
     model_mb = sum(f.stat().st_size for f in saved.files(saved.model.uniform(STOCK))) / BYTES_PER_MB
-    needed_mb = COPIES * model_mb * (len(saved.model.levels) + 1)
+    sizes = [INT8_SIZE if is_int8(level) else 1.0 for level in saved.model.levels]
+    needed_mb = COPIES * model_mb * (sum(sizes) + 1)
     total_mb = environment.host()["memory_total_mb"]
     if isinstance(total_mb, int) and needed_mb > MEMORY_SHARE * total_mb:
         raise UnavailableError(
@@ -233,15 +259,15 @@ def _ranked(
         measurement = measure(systems, max_total_s=seconds, progress=step)
         calls = {level: session.finish() for level, session in sessions.items()}
     rounds, per_round = next(iter(measurement.samples_ms.values())).shape
-    recorded = {level: _recorded(of_level, rounds, per_round) for level, of_level in calls.items()}
-    return tuple(group_times(model.groups, recorded, rounds))
+    times = {level: recorded(of_level, rounds, per_round) for level, of_level in calls.items()}
+    return tuple(group_times(model.groups, times, rounds))
 
 
 def _call(session: ProfiledSession, feeds: Mapping[str, Array]) -> Callable[[], None]:
     return lambda: session.run(feeds)
 
 
-def _recorded(calls: Sequence[list[runtimes.RunNode]], rounds: int, per_round: int) -> list[list[runtimes.RunNode]]:
+def recorded(calls: Sequence[list[runtimes.RunNode]], rounds: int, per_round: int) -> list[list[runtimes.RunNode]]:
     """Without the warm-up, and without the settling call that `measure` puts before each turn."""
     turns = calls[-rounds * (per_round + 1) :]
     return [call for place, call in enumerate(turns) if place % (per_round + 1)]

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from attn_deploy.latency import tail_percent
+from attn_deploy.levels import is_int8
 from attn_deploy.readback import is_of
 from attn_deploy.session import Array
 
@@ -74,6 +75,14 @@ class GroupTimes:
         offered = [level for level in self.levels if levels is None or level in levels]
         best = min(self.time_us(level) for level in offered)
         return next(level for level in offered if self.time_us(level) <= best * (1 + TIE))
+
+    def fastest_int8(self) -> str:
+        """Of the levels in INT8, or of all where the units have none of these."""
+        int8 = [level for level in self.levels if is_int8(level)]
+        return self.fastest(int8 or None)
+
+    def fastest_floating(self) -> str:
+        return self.fastest([level for level in self.levels if not is_int8(level)])
 
     def time_us(self, level: str) -> float:
         """Of one unit."""

@@ -151,7 +151,7 @@ class _GraphValidation:
             tolerance = asked.budget.tolerance(proof.built.precision)
             proving.check_parity(proof, cases, expected, tolerance, has_data=asked.data is not None)
             if asked.data is None and asked.reference.text is None:
-                _judge_by_receipt(proof, self.receipt)
+                proving.judge_by_row(proof, next((c for c in self.receipt.candidates if c.id == proof.built.id), None))
             proving.read_back(proof, cases[0].feeds)
         real = None if asked.data is None else self._judge(asked.data, proofs, progress)
         localized = self._localize(proofs, cases, real, progress) if asked.localize else ()
@@ -196,34 +196,6 @@ class _GraphValidation:
             floor = asked.budget.tolerance(Precision.INT8).min_sqnr_db
             found.append(localizing.localize(proof.built, graphs, probe, threads=asked.threads, int8_min_sqnr_db=floor))
         return tuple(found)
-
-
-LOSS_DB = 3.0
-"""How far an INT8 variant may fall behind what its receipt says of the same made inputs: kernels round differently."""
-
-
-def _judge_by_receipt(proof: Proof, receipt: Receipt) -> None:
-    """INT8 that was judged on data is held to what it gave on made inputs when it was proven: its ranges fit the data,
-    not noise, so that a fixed floor would say nothing here."""
-    row = next((c for c in receipt.candidates if c.id == proof.built.id), None)
-    if (
-        proof.session is None
-        or proof.built.precision is not Precision.INT8
-        or row is None
-        or row.parity is None
-        or row.status != "passed"
-    ):
-        return
-    recorded = {(c.name, c.output): c.sqnr_db for c in row.parity.cases}
-    proof.fault = None
-    for number, case in enumerate(proof.cases):
-        floor = recorded.get((case.name, case.output), 0.0) - LOSS_DB
-        passed = case.sqnr_db >= floor
-        proof.cases[number] = replace(case, judged=True, passed=passed)
-        if not passed:
-            proof.fault = (
-                f"output {case.output!r} on {case.name}: {case.sqnr_db:.1f} dB, receipt {floor + LOSS_DB:.1f} dB"
-            )
 
 
 def require_passed(validation: Validation) -> None:

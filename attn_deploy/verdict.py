@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 from attn_deploy.errors import AttnDeployError, NotAsAskedError, ParityError, TooSlowError
 from attn_deploy.proving import Proof
 from attn_deploy.readback import PROVIDERS
-from attn_deploy.receipt import Receipt, SiteEntry, SiteRun
+from attn_deploy.receipt import Receipt, Search, SiteEntry, SiteRun
 from attn_deploy.report.sites import paired
 from attn_deploy.target import Precision
 
@@ -88,8 +88,12 @@ def _verdict(
                 f"{precision} on {target} was asked and is not what was built", where=proof.built.id,
                 got=proof.asked_fault,
                 expected=f"90 % or more in {str(precision).upper()}, and every node on {PROVIDERS[target]}",
-                next_step="see the exempt layers in the receipt, or leave out this precision or target",
+                next_step="see the exempt layers in the receipt, or leave out this precision or target; --precision "
+                "auto promises no share",
             )  # fmt: skip
+        search = proof.built.search
+        if promised and search is not None and not search.met:
+            return _no_plan(proof, search)
         if promised:
             return ParityError(
                 f"the {precision} candidate is not the same model", got=proof.fault,
@@ -109,6 +113,20 @@ def _verdict(
                     expected=f"{options.max_latency_ms:g} ms at most", next_step="more --threads, or another precision",
                 )  # fmt: skip
     return None
+
+
+def _no_plan(proof: Proof, search: Search) -> ParityError:
+    """No plan of a search keeps the budget: about the nearest, with its figures."""
+    nearest = next(point for point in search.frontier if point.chosen)
+    layers = sum(part.layers for part in search.parts)
+    agreement = "" if nearest.agreement is None else f", agreement {nearest.agreement:.4f}"
+    return ParityError(
+        "no plan with a layer in INT8 keeps the budget", where=proof.built.id,
+        got=f"the nearest has {nearest.layers} of {layers} layers in INT8: {nearest.sqnr_db:.1f} dB{agreement} on "
+        f"{search.verified} samples; {nearest.fault or proof.fault}",
+        expected=search.budget,
+        next_step="loosen the budget (--min-sqnr, --min-agreement, --max-drop), or keep the nearest with --keep-best",
+    )  # fmt: skip
 
 
 def _not_fused(options: Asked, receipt: Receipt, proofs: Sequence[Proof]) -> NotAsAskedError:

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+RESULTS = HERE / "results"
 BUILD = ROOT / "build" / "bench"
 HELD_OUT = ROOT / "attn_deploy" / "demo" / "held_out.npz"
 
@@ -23,11 +24,12 @@ def data_folder() -> Path | None:
 
 
 def export(arguments: list[str], out: Path) -> Path:
-    """Exports by the command line when `out` is not there yet."""
+    """Exports by the command line when `out` is not there yet; networks of this folder are found as sources."""
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "attn_deploy.cli", "export", *arguments, "--out", str(out), "--json"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH", "")]))
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path})
     return out
 
 

@@ -16,31 +16,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-import json
-import os
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-from common import BUILD, RESULTS, ROOT, export
 from cpu_table import markdown
+from model_runs import OPSET, Results, Runs, bundle_of, fingerprint, in_turns, load_average
 from roofline import ceiling_gflops
 
 import attn_deploy
-from attn_deploy import environment
 from attn_deploy.bundle import open_bundle
 from attn_deploy.inputs import make_feeds
-from attn_deploy.latency import System, measure
 from attn_deploy.parity import sqnr_db
 from attn_deploy.peers import ON_CPU, Place, open_peers
 from attn_deploy.receipt import MAIN
-from attn_deploy.runtimes import native
 from attn_deploy.target import Precision, Target
 
 MODELS = (
@@ -50,7 +42,6 @@ MODELS = (
 WEIGHTS = "init:0"
 """Weights do not change the time; made ones need no download."""
 
-OPSET = 20
 OURS = "attn-deploy"
 
 FEW = ("onnxruntime", "onnxruntime-no-spinning", "openvino")
@@ -65,29 +56,15 @@ CASES: dict[str, tuple[int, tuple[str, ...], float]] = {
 def main() -> int:
     arguments = parse()
     warnings.filterwarnings("ignore")
-    path = RESULTS / "cpu_models.json"
-    result = json.loads(path.read_text()) if path.is_file() else {}
+    results = Results("cpu_models", "CPU.md", "python bench/cpu_models.py", MODELS, arguments.threads, markdown)
     state = fingerprint(arguments.threads)
-    models: dict[str, Any] = result.get("models", {})
     for name in arguments.models:
-        kept = models.get(name, {})
-        due = [c for c in arguments.cases if arguments.fresh or kept.get(c, {}).get("state") != state]
+        due = list(arguments.cases) if arguments.fresh else results.due(name, arguments.cases, state)
         if not due:
             print(f"{name}: kept", flush=True)
             continue
-        models[name] = {**kept, **measured(name, due, state, arguments)}
-        result = {
-            "command": "python bench/cpu_models.py",
-            "threads": arguments.threads,
-            "host": {k: v for k, v in environment.host().items() if v is not None},
-            "versions": environment.versions(),
-            "instruction_set": native.status().instruction_set,
-            "models": {n: models[n] for n in MODELS if n in models},
-        }
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")  # after each: it goes on from here
-        (RESULTS / "CPU.md").write_text(markdown(result))
-    print(markdown(result))
+        results.add(name, measured(name, due, state, arguments))
+    print(results.text())
     return 0
 
 
@@ -102,23 +79,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def fingerprint(threads: int) -> str:
-    """What a measurement depends on besides the machine: our sources, the library, versions, threads."""
-    key = hashlib.sha256(f"{threads} {sorted(environment.versions().items())}".encode())
-    for file in sources():
-        key.update(file.read_bytes())
-    return key.hexdigest()[:16]
-
-
-def sources() -> list[Path]:
-    files = [f for folder in ("attn_deploy", "export", "runtimes") for f in (ROOT / folder).rglob("*.py")]
-    library = native.library_path()
-    return sorted(files) + ([library] if library is not None else [])
-
-
 def measured(name: str, cases: Sequence[str], state: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """The cases of one model: bundle and peers are opened once for all of them."""
-    bundle = bundle_of(name, state, arguments.threads)
+    made = [f"timm:{name}", "--weights", WEIGHTS, "--precision", "fp32", "--threads", str(arguments.threads)]
+    bundle = bundle_of(f"{name}-fp32", state, made)
     receipt = open_bundle(bundle).receipt()
     assert receipt.intent is not None
     flops = receipt.intent.flops
@@ -135,21 +99,21 @@ def measured(name: str, cases: Sequence[str], state: str, arguments: argparse.Na
             graph = session.manifest.graphs[MAIN]
             feeds = make_feeds(graph.examples, batch=batch, seed=31)
             runs = {OURS: session.run} | {p: opened[p].run for p in arguments.against or peers if p in opened}
+            distance = sqnr_to_ours(runs, feeds)
             with busy_core() if case == "loaded" else contextlib.nullcontext():
-                row = interleaved(runs, feeds, arguments.threads, arguments.seconds or seconds)
+                systems, ceilings = in_turns(
+                    runs, feeds, threads=arguments.threads, seconds=arguments.seconds or seconds, ceiling=ceiling_gflops
+                )
+            for peer, db in distance.items():
+                systems[peer]["sqnr_db_to_ours"] = db
             done[case] = {
                 "state": state, "taken": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "batch": batch,
                 "variant": session.variant, "flops": flops * batch,
-                "absent": {p: why for p, why in absent.items() if p in (arguments.against or peers)}, **row,
+                "absent": {p: why for p, why in absent.items() if p in (arguments.against or peers)},
+                "systems": systems, "ceiling_gflops": ceilings, "load_average": load_average(),
             }  # fmt: skip
-            print(name, case, *(f"{s}: {r['p50_ms']:.2f} ms" for s, r in row["systems"].items()), sep="\n  ")
+            print(name, case, *(f"{s}: {r['p50_ms']:.2f} ms" for s, r in systems.items()), sep="\n  ")
     return done
-
-
-def bundle_of(name: str, state: str, threads: int) -> Path:
-    """Exported anew when anything that it comes from has changed."""
-    arguments = [f"timm:{name}", "--weights", WEIGHTS, "--precision", "fp32", "--threads", str(threads)]
-    return export([*arguments, "--target", "onnxruntime-cpu"], BUILD / "cpu" / state / f"{name}.attn")
 
 
 def captured_of(name: str, threads: int) -> Any:
@@ -174,30 +138,11 @@ def busy_core() -> Iterator[None]:
         other.wait()
 
 
-def interleaved(
-    runs: Mapping[str, Any], feeds: Mapping[str, np.ndarray], threads: int, seconds: float
-) -> dict[str, Any]:
-    reference = None
-    accuracy: dict[str, float] = {}
-    for name, run in runs.items():  # torch.compile compiles here, outside the budget
-        output = next(iter(run(feeds).values()))
-        reference = output if reference is None else reference
-        accuracy[name] = round(sqnr_db(reference, output), 1) if name != OURS else 0.0
-    before = ceiling_gflops(threads)
-    systems = [System(name, lambda run=run: run(feeds)) for name, run in runs.items()]
-    measurement = measure(systems, max_total_s=seconds)
-    after = ceiling_gflops(threads)
-    rows = {}
-    for name in runs:
-        latency = measurement.latency(name, next(iter(feeds.values())).shape[0], threads)
-        p10 = float(np.percentile(measurement.samples_ms[name], 10))
-        row = {"p10_ms": p10, "p50_ms": latency.p50_ms, "ci95_ms": latency.ci95_ms, "runs": latency.runs}
-        if name != OURS:
-            compared = measurement.compare(OURS, name)
-            row |= {"ratio": compared.ratio, "ratio_ci95": compared.ratio_ci95, "verdict": compared.verdict,
-                    "sqnr_db_to_ours": accuracy[name]}  # fmt: skip
-        rows[name] = row
-    return {"systems": rows, "ceiling_gflops": [before, after], "load_average": os.getloadavg()[0]}
+def sqnr_to_ours(runs: Runs, feeds: Any) -> dict[str, float]:
+    """How far each peer's output is from ours in dB. torch.compile compiles here, outside the time of measuring."""
+    outputs = {name: next(iter(run(feeds).values())) for name, run in runs.items()}
+    ours = outputs.pop(OURS)
+    return {name: round(sqnr_db(ours, output), 1) for name, output in outputs.items()}
 
 
 if __name__ == "__main__":

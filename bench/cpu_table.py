@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tables import against, share_of_ceiling, table, taken
+
 TARGETS = {
     "vit_tiny_patch16_224": (1.3, 1.1, 1.3),
     "vit_small_patch16_224": (1.2, 1.0, 1.1),
@@ -37,18 +39,13 @@ def markdown(result: dict[str, Any]) -> str:
         "faster. 2 threads for everyone, all systems of a table in turns in one process.\n\n"
         f"{host['cpu']}, {host['logical_cores']} cores, {result['threads']} threads, {result['instruction_set']}; "
         f"ONNX Runtime {result['versions'].get('onnxruntime')}, OpenVINO {result['versions'].get('openvino')}, "
-        f"PyTorch {result['versions'].get('torch')}; taken {_taken(models)}.\n",
+        f"PyTorch {result['versions'].get('torch')}; taken {taken(models)}.\n",
         "## Against the goals, batch 1\n\n" + _goals(models),
         "## Every peer, batch 1\n\n" + _peers(models, "batch1"),
         "## Batch 8\n\n" + _peers(models, "batch8"),
         "## Batch 1 with another process on one core\n\n" + _peers(models, "loaded"),
     ]
     return "\n".join(parts)
-
-
-def _taken(models: dict[str, Any]) -> str:
-    times = sorted(case["taken"] for model in models.values() for case in model.values())
-    return times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}"
 
 
 def _goals(models: dict[str, Any]) -> str:
@@ -58,32 +55,21 @@ def _goals(models: dict[str, Any]) -> str:
         systems = case["systems"] if case else {}
         if not {"onnxruntime", "openvino"} <= systems.keys():
             continue
+        ours_ms = systems[OURS]["p50_ms"]
+        share = share_of_ceiling(case["flops"], ours_ms, case["ceiling_gflops"], "GFLOP/s")
         plain, openvino = systems["onnxruntime"]["ratio"], systems["openvino"]["ratio"]
         better = min(plain, openvino)
         best = min(system["ratio"] for peer, system in systems.items() if peer.startswith("onnxruntime"))
         rows.append(
-            [name, f"{systems[OURS]['p50_ms']:.2f}", _share(case), _against(plain, plain_goal),
-             _against(openvino, openvino_goal), _against(better, stretch), f"{best:.2f}"]
+            [name, f"{ours_ms:.2f}", share, against(plain, plain_goal), against(openvino, openvino_goal),
+             against(better, stretch), f"{best:.2f}"]
         )  # fmt: skip
     head = ["model", "ours, ms", "share of the FMA ceiling", "over plain ONNX Runtime", "over OpenVINO",
             "over the better (stretch)", "over the best of ONNX Runtime"]  # fmt: skip
-    return _table(head, rows) + (
+    return table(head, rows) + (
         "\nBold: the goal, behind it, is met. The best of ONNX Runtime: whichever of its settings and tools below is "
         "the fastest.\n"
     )
-
-
-def _against(ratio: float, goal: float) -> str:
-    return f"**{ratio:.2f}** ({goal:.2f})" if ratio >= goal else f"{ratio:.2f} ({goal:.2f})"
-
-
-def _share(case: dict[str, Any]) -> str:
-    """Of the higher of the ceilings before and after."""
-    ceilings = [c for c in case["ceiling_gflops"] if c]
-    if not ceilings:
-        return ""
-    reached = case["flops"] / case["systems"][OURS]["p50_ms"] / 1e6
-    return f"{reached / max(ceilings):.0%} of {max(ceilings):.0f} GFLOP/s"
 
 
 def _peers(models: dict[str, Any], case_name: str) -> str:
@@ -94,7 +80,7 @@ def _peers(models: dict[str, Any], case_name: str) -> str:
     rows = [[name, f"{c['systems'][OURS]['p50_ms']:.2f}", *(_cell(c, p) for p in shown)] for name, c in cases.items()]
     notes = {f"{COLUMNS[p]}: {why}" for c in cases.values() for p, why in c["absent"].items()}
     note = f"\n–: not measured ({'; '.join(sorted(notes))}).\n" if notes else ""
-    return _table(["model", "ours, ms", *(COLUMNS[p] for p in shown)], rows) + note
+    return table(["model", "ours, ms", *(COLUMNS[p] for p in shown)], rows) + note
 
 
 def _cell(case: dict[str, Any], peer: str) -> str:
@@ -103,8 +89,3 @@ def _cell(case: dict[str, Any], peer: str) -> str:
         return "–"
     low, high = found["ratio_ci95"]
     return f"{found['p50_ms']:.2f} ms, {found['ratio']:.2f}x ({low:.2f}–{high:.2f})"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -97,7 +97,7 @@ def main() -> int:
     if library is None:
         print(native.status().reason, file=sys.stderr)
         return 1
-    block = 16 if native.library_text(library, "attn_deploy_native_instruction_set") == "avx512" else 8
+    block = 16 if native.library_instruction_set(library).startswith("avx512") else 8
     rows = []
     for case in CASES:
         for channels, side in MAPS if case.operator in arguments.cases else ():

@@ -8,9 +8,9 @@ from pathlib import Path
 
 CASES = (
     "export_cost", "startup", "session_overhead", "against_plain", "attention_kernels", "linear_kernels",
-    "gate_kernels", "cpu_models",
+    "gate_kernels", "cpu_models", "int8_models",
 )  # fmt: skip
-"""The last prints the table that the README shows."""
+"""The last two print the tables that the README shows."""
 
 
 def main() -> int:

@@ -100,7 +100,7 @@ def pair_blocks(
         module, between = _modules(plain, owners, names)
         blocks.append(
             Block(
-                value, partner, order, module, _operators(plain, owners), between, _arithmetic(part),
+                value, partner, order, module, _operators(plain, owners), between, part.arithmetic,
                 candidate=part, reference=cutters[2].part(made_reference[partner], partners),
             )
         )  # fmt: skip
@@ -215,13 +215,3 @@ def _written_with_its_relu(value: ir.Value, owners: Owners) -> bool:
         return False
     after = readers.pop().outputs[0]
     return not readers and _written(after, owners) is not after
-
-
-def _arithmetic(part: Part) -> Precision:
-    if any("Quantize" in n.op_type or "Integer" in n.op_type or n.op_type.startswith("QLinear") for n in part.nodes):
-        return Precision.INT8
-    types = {c.const_value.dtype for c in part.constants if c.const_value is not None}
-    types |= {o.dtype for node in part.nodes for o in node.outputs}
-    if ir.DataType.BFLOAT16 in types:
-        return Precision.BF16
-    return Precision.FP16 if ir.DataType.FLOAT16 in types else Precision.FP32

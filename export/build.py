@@ -17,7 +17,7 @@ from attn_deploy.export.candidates import Means, Plan, Report, lowered_candidate
 from attn_deploy.export.canonical import CanonicalModel, portable, save_model
 from attn_deploy.export.capture import CapturedModel
 from attn_deploy.export.lower import RECIPES, Asked, pairs
-from attn_deploy.export.lower.lowered import Conditions
+from attn_deploy.export.lower.lowered import Alternative, Conditions
 from attn_deploy.export.precision.half import to_half
 from attn_deploy.export.rewrite import RewrittenModel
 from attn_deploy.export.site_parity import record_sites, site_cases
@@ -40,19 +40,32 @@ def build_candidates(
     asked: Asked,
     means: Means,
     conditions: Mapping[Target, Conditions],
+    planned: Mapping[Target, Alternative],
     report: Report,
 ) -> Iterator[Built]:
     """Every target x precision x lowering, written under `variants/`. `conditions`: what each target's recipe knows of
-    the host."""
+    the host; `planned`: how `auto` is lowered, which no recipe can say."""
     records = record_sites(rewritten)
     (folder / "variants").mkdir()
     plans = [
         Plan(target, precision, alternative)
         for target, precision in pairs(asked)
-        for alternative in RECIPES[target].alternatives(canonical, precision, conditions[target])
+        for alternative in (
+            (_planned(target, canonical, conditions[target], planned[target]),)
+            if precision is Precision.AUTO
+            else RECIPES[target].alternatives(canonical, precision, conditions[target])
+        )
     ]
     for built, lowered in lowered_candidates(canonical, plans, folder / "variants", means, report):
         yield replace(built, site_cases=partial(site_cases, canonical, lowered.model, records))
+
+
+def _planned(
+    target: Target, canonical: CanonicalModel, conditions: Conditions, planned: Alternative
+) -> Alternative:  # fmt: skip
+    """As INT8 is lowered by default, but for what the plan says."""
+    default = RECIPES[target].alternatives(canonical, Precision.INT8, conditions)[0]
+    return replace(default, arguments={**default.arguments, **planned.arguments})
 
 
 @contextlib.contextmanager

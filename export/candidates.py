@@ -15,6 +15,9 @@ from attn_deploy.export.canonical import CanonicalModel, save_model
 from attn_deploy.export.lower import RECIPES
 from attn_deploy.export.lower.lowered import Alternative, Lowered
 from attn_deploy.export.precision.calibration import OpenModel
+from attn_deploy.export.precision.statistics import save_statistics
+from attn_deploy.plan_file import encode_plan
+from attn_deploy.precision_plan import PrecisionPlan
 from attn_deploy.session import Array
 from attn_deploy.target import Precision, Target
 
@@ -23,11 +26,13 @@ BYTES_PER_MB = 1_000_000
 
 @dataclass(frozen=True)
 class Means:
-    """What lowering to INT8 calibrates with, and the modules whose layers it leaves alone."""
+    """What lowering to INT8 calibrates with, and the modules whose layers it leaves alone. `plan`: the user's own, by
+    the nodes of the model."""
 
     calibration: Callable[[], Iterable[Mapping[str, Array]]] | None = None
     open_model: OpenModel | None = None
     exclude: Sequence[str] = ()
+    plan: PrecisionPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -58,16 +63,26 @@ def lowered_candidates(
         target, precision, alternative = plan.target, plan.precision, plan.alternative
         asked = (target, precision, alternative.arguments)
         if before is None or before[0] != asked:
+            given = {"plan": means.plan} if means.plan is not None and (precision.quantized or target.on_gpu) else {}
             lowered = RECIPES[target].lower(
-                canonical, precision, calibration=means.calibration, open_model=means.open_model,
-                exclude=means.exclude, **alternative.arguments,
+                canonical, Precision.INT8 if precision is Precision.AUTO else precision, calibration=means.calibration,
+                open_model=means.open_model, exclude=means.exclude, **{**given, **alternative.arguments},
             )  # fmt: skip
             before = (asked, lowered)
         lowered = replace(before[1], options={**before[1].options, **alternative.options})
-        yield _built(plan, save_model(lowered.model, folder / f"{plan.id}.onnx"), lowered, canonical), lowered
+        yield _built(plan, folder, lowered, canonical), lowered
 
 
-def _built(plan: Plan, files: tuple[Path, ...], lowered: Lowered, canonical: CanonicalModel) -> Built:
+def _built(plan: Plan, folder: Path, lowered: Lowered, canonical: CanonicalModel) -> Built:
+    """The model, and beside it the plan with the statistics that it was lowered by, where it has one."""
+    files = save_model(lowered.model, folder / f"{plan.id}.onnx")
+    plan_file = statistics_file = None
+    if lowered.plan.layers:
+        plan_file = folder / f"{plan.id}.plan.json"
+        plan_file.write_bytes(encode_plan(lowered.plan))
+    if lowered.statistics is not None:
+        statistics_file = folder / f"{plan.id}.statistics.safetensors"
+        save_statistics(lowered.statistics, statistics_file)
     return Built(
         id=plan.id,
         target=plan.target,
@@ -79,6 +94,9 @@ def _built(plan: Plan, files: tuple[Path, ...], lowered: Lowered, canonical: Can
         storage=_storage_mb(lowered.model),
         options=lowered.options,
         blocks=lowered.blocks,
+        plan=lowered.plan if lowered.plan.layers else None,
+        plan_file=plan_file,
+        statistics_file=statistics_file,
     )
 
 

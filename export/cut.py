@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from attn_deploy.session import Array
+from attn_deploy.target import Precision
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,22 @@ class Part:
     @property
     def input_names(self) -> tuple[str, ...]:
         return tuple(str(i.name) for i in self.inputs)
+
+    @property
+    def arithmetic(self) -> Precision:
+        """The coarsest that it computes in."""
+        if any(is_integer(node.op_type) for node in self.nodes):
+            return Precision.INT8
+        types = {c.const_value.dtype for c in self.constants if c.const_value is not None}
+        types |= {o.dtype for node in self.nodes for o in node.outputs}
+        if ir.DataType.BFLOAT16 in types:
+            return Precision.BF16
+        return Precision.FP16 if ir.DataType.FLOAT16 in types else Precision.FP32
+
+
+def is_integer(operator: str) -> bool:
+    """Whether an operator of ONNX, ONNX Runtime or ours rounds to 8 bits or multiplies what was rounded."""
+    return "Quantize" in operator or "Integer" in operator or operator.startswith(("QLinear", "MatMulNBits"))
 
 
 class Cutter:

@@ -13,7 +13,9 @@ from attn_deploy.errors import AttnDeployError
 from attn_deploy.ops import DOMAIN, FORMS, VERSION, Form
 from attn_deploy.target import nearest
 
-_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "bool": "tensor(bool)"}
+_TYPES = {
+    "float32": "tensor(float)", "int64": "tensor(int64)", "bool": "tensor(bool)", "uint8": "tensor(uint8)"
+}  # fmt: skip
 
 
 def register_schemas() -> None:
@@ -29,7 +31,7 @@ def register_schemas() -> None:
                 DOMAIN,
                 VERSION,
                 inputs=[schema.FormalParameter(i.name, _TYPES[i.dtype]) for i in form.inputs],
-                outputs=[schema.FormalParameter(o, "tensor(float)") for o in form.outputs],
+                outputs=[schema.FormalParameter(o, _TYPES[form.output_dtype]) for o in form.outputs],
                 attributes=[schema.Attribute(name, kinds[kind]) for name, kind in form.attributes.items()],
             )
         )

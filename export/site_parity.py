@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
 from attn_deploy.export.canonical import CanonicalModel
-from attn_deploy.export.cut import Cutter
+from attn_deploy.export.cut import Cutter, is_integer
 from attn_deploy.export.forms import form_and_operands
 from attn_deploy.export.interpret import run
+from attn_deploy.export.lower.cpu_units import fuse_units
 from attn_deploy.export.rewrite import RewrittenModel
 from attn_deploy.export.rewrite.apply import example_tensors
 from attn_deploy.ops import DOMAIN, FORMS
@@ -45,20 +47,20 @@ def site_cases(canonical: CanonicalModel, lowered: ir.Model, records: Mapping[st
     """A small model for each site, cut out of `lowered` between the operator's inputs and its output by their names; of
     a site that is part of another operator, that operator alone."""
     nodes = {str(n.name): n for n in canonical.model.graph}
-    cutter = Cutter(lowered)
+    cutter, floating = Cutter(lowered), _Floating(canonical)
     values = {str(o.name): o for n in lowered.graph for o in n.outputs}
     for site in canonical.sites:
         operator, record = nodes[site.node], records[site.fx_node]
         holder = _holder(lowered, operator)
         if holder is not None:
-            yield _within(cutter, site.module, operator, holder, record)
+            yield _within(cutter, site.module, operator, holder, record, floating)
             continue
         names = [str(i.name) for i in operator.inputs if i is not None]
         result = values[str(operator.outputs[0].name)]
         arrays = dict(zip(names, record.operands, strict=True))
         part = cutter.part(result, arrays)
         feeds = {name: arrays[name] for name in part.input_names}
-        yield SiteCase(site.module, cutter.model_of(part, feeds), feeds, record.result)
+        yield SiteCase(site.module, cutter.model_of(part, feeds), feeds, record.result, part.arithmetic)
 
 
 def _holder(lowered: ir.Model, operator: ir.Node) -> ir.Node | None:
@@ -70,9 +72,31 @@ def _holder(lowered: ir.Model, operator: ir.Node) -> ir.Node | None:
     return None
 
 
-def _within(cutter: Cutter, module: str, operator: ir.Node, holder: ir.Node, record: SiteRecord) -> SiteCase:
+class _Floating:
+    """The same model in FP32, as coarse as can be: an operator with an INT8 form in it is compared with the one there,
+    whose weights are the model's own."""
+
+    def __init__(self, canonical: CanonicalModel) -> None:
+        self._canonical = canonical
+
+    @cached_property
+    def _nodes(self) -> dict[str, ir.Node]:
+        model = self._canonical.model.clone()
+        fuse_units(model, frozenset(FORMS), None)
+        return {str(node.name): node for node in model.graph}
+
+    def of(self, holder: ir.Node) -> ir.Node:
+        """The operator itself where it is in floating point."""
+        if not is_integer(holder.op_type):
+            return holder
+        return self._nodes[str(holder.name).replace("/Quantized", "/")]
+
+
+def _within(
+    cutter: Cutter, module: str, operator: ir.Node, holder: ir.Node, record: SiteRecord, floating: _Floating
+) -> SiteCase:
     """PackedAttention in place of Attention is fed with the reference's query, key and value as one. A whole block is
-    fed with random rows, as its norm takes any, and compared with the operator's float64 reference."""
+    fed with random rows, as its norm takes any, and compared with the float64 reference of the operator in FP32."""
     others = {str(i.name): a for i, a in zip(operator.inputs, record.operands, strict=True) if i is not None}
     first = holder.inputs[0]
     assert first is not None
@@ -82,13 +106,14 @@ def _within(cutter: Cutter, module: str, operator: ir.Node, holder: ir.Node, rec
         batch, tokens = record.operands[0].shape[:2]
         channels = holder.inputs[1].const_value.shape[0]  # type: ignore[union-attr]
         x = np.random.default_rng(23).standard_normal((batch, tokens, int(channels)), np.float32)
-        operands = [x, *(_array(i, others) for i in holder.inputs[1:] if i is not None)]
-        attributes = {name: a.value for name, a in holder.attributes.items()}
+        reference = floating.of(holder)
+        operands = [x, *(_array(i, others) for i in reference.inputs[1:] if i is not None)]
+        attributes = {name: a.value for name, a in reference.attributes.items()}
         feeds = {str(first.name): x}
-        expected = FORMS[holder.op_type].reference(*operands, **attributes)[0].astype(np.float32)
+        expected = FORMS[reference.op_type].reference(*operands, **attributes)[0].astype(np.float32)
     part = cutter.part(holder.outputs[0], {str(i.name) for i in holder.inputs if i is not None})
     feeds |= {name: others[name] for name in part.input_names if name not in feeds}
-    return SiteCase(module, cutter.model_of(part, feeds), feeds, expected)
+    return SiteCase(module, cutter.model_of(part, feeds), feeds, expected, part.arithmetic)
 
 
 def _array(value: ir.Value, arrays: Mapping[str, Array]) -> Array:

@@ -147,6 +147,12 @@ def kernel_names(target: Target) -> tuple[str, ...]:
     return ()
 
 
+def multiplies_blocks() -> bool:
+    """Whether ONNX Runtime's CPU kernels here multiply weights that are INT8 in blocks."""
+    found: bool = runtime(Target.ONNXRUNTIME_CPU).multiplies_blocks()
+    return found
+
+
 def library_name(target: Target) -> str:
     """The native library that a variant for the target needs, as the manifest names it."""
     return "attn_deploy_cuda" if target is Target.ONNXRUNTIME_CUDA else "attn_deploy_native"

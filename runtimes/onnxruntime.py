@@ -9,12 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attn_deploy import environment
 from attn_deploy.errors import AttnDeployError, UnavailableError
 from attn_deploy.runtimes import RunNode, TensorInfo, native
+from attn_deploy.runtimes.saturation import EXACT, saturates
 from attn_deploy.session import Array, TensorSpec
 
 INSTALL = "pip install onnxruntime"
 OPTIONS: dict[str, Any] = {"graph_optimization_level": "ORT_ENABLE_ALL", "execution_mode": "sequential"}
+
+BLOCKS_SINCE = (1, 22)
+"""The first ONNX Runtime whose CPU kernels multiply weights that are INT8 in blocks (MatMulNBits with 8 bits)."""
 
 LAYOUT, BLOCKED = "layout", "blocked"
 """The one option of a variant's session: gates inside ONNX Runtime's blocked layout (onnxruntime_blocked)."""
@@ -34,6 +39,12 @@ def availability() -> str | None:
     if not hasattr(onnxruntime, "InferenceSession"):
         return f"the onnxruntime package is damaged (two flavours over each other?): {INSTALL} --force-reinstall"
     return None
+
+
+def multiplies_blocks() -> bool:
+    """Whether the ONNX Runtime that is installed runs weights in blocks."""
+    found = environment.installed("onnxruntime") or environment.installed("onnxruntime-gpu") or "0"
+    return tuple(int(part) for part in found.split(".")[:2] if part.isdigit()) >= BLOCKS_SINCE
 
 
 class OnnxRuntimeSession:
@@ -168,11 +179,15 @@ def _infos(entries: Sequence[Mapping[str, Sequence[int]]]) -> tuple[TensorInfo, 
 
 
 def cpu_settings(threads: int | None, library: bool) -> Any:
-    """The options of a session on the CPU. Raises UnavailableError without onnxruntime."""
+    """The options of a session on the CPU, under which no product saturates. Raises UnavailableError without
+    onnxruntime."""
     reason = availability()
     if reason is not None:
         raise UnavailableError("onnxruntime-cpu cannot run here", got=reason, next_step=INSTALL)
-    return session_settings(threads, native.session_library() if library else None)
+    options = session_settings(threads, native.session_library() if library else None)
+    if saturates():
+        options.add_session_config_entry(EXACT, "1")
+    return options
 
 
 def session_settings(threads: int | None, library: Path | None) -> Any:

@@ -19,7 +19,7 @@ from attn_deploy.errors import AttnDeployError, UsageError
 from attn_deploy.runtimes import tensorrt_progress
 from attn_deploy.runtimes.device_cache import DeviceCache
 from attn_deploy.runtimes.tensorrt_log import Messages, Monitor, Recorder, failure, no_device
-from attn_deploy.runtimes.tensorrt_network import Parsed, parse, require_inputs
+from attn_deploy.runtimes.tensorrt_network import Parsed, parse, require_inputs, require_types
 from attn_deploy.runtimes.tensorrt_options import Options, Profile, profiles_of, shape_within
 from attn_deploy.runtimes.tensorrt_plan import unusable
 from attn_deploy.session import TensorSpec
@@ -145,6 +145,7 @@ def build(
     """The serialized engine. Progress goes to `tensorrt_progress.current()`."""
     parsed = parse(model, messages)
     require_inputs(parsed.network, inputs)
+    require_types(parsed.network, device.facts["compute_capability"])
     config: trt.IBuilderConfig = parsed.builder.create_builder_config()
     _configure(config, options, device.memory_bytes)
     for profile in profiles_of(options, inputs):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tensorrt as trt
 
-from attn_deploy.errors import AttnDeployError, UsageError
+from attn_deploy.errors import AttnDeployError, UnavailableError, UsageError
 from attn_deploy.runtimes.tensorrt_log import Messages, Recorder, failure, no_device, readable
 from attn_deploy.runtimes.tensorrt_work import (
     Product,
@@ -117,6 +117,25 @@ def require_inputs(network: trt.INetworkDefinition, specs: Sequence[TensorSpec])
                 got=tensor.name,
                 next_step="use --target onnxruntime-cuda",
             )
+
+
+FP8_SINCE = (8, 9)
+"""The compute capability (Ada) whose tensor cores took up E4M3."""
+
+
+def require_types(network: trt.INetworkDefinition, capability: str) -> None:
+    """Raises UnavailableError for a network with FP8 on a GPU without it: TensorRT itself would only say that it found
+    no implementation of a layer. `capability`: `9.0`."""
+    if tuple(int(part) for part in capability.split(".")) >= FP8_SINCE:
+        return
+    for index in range(network.num_layers):
+        layer: trt.ILayer = network.get_layer(index)
+        tensor: trt.ITensor | None = layer.get_output(0)
+        if tensor is not None and tensor.dtype == trt.DataType.FP8:
+            raise UnavailableError(
+                "this GPU cannot compute in FP8", where=layer.name, got=f"compute capability {capability}",
+                expected="8.9 (Ada) or later", next_step="use the variant in int8 or fp16",
+            )  # fmt: skip
 
 
 def products(network: trt.INetworkDefinition, shapes: Mapping[str, tuple[int, ...]]) -> list[Product]:

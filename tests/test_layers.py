@@ -30,6 +30,7 @@ LAYERS: list[set[str]] = [
         "benchmarking",
         "cli_arguments",
         "cli_cache",
+        "cli_options",
         "cli_progress",
         "cli_run",
         "doctor",
@@ -41,15 +42,15 @@ LAYERS: list[set[str]] = [
     {"cli_output", "loading", "pipeline", "run_alone"},
     {"graph_export"},
     {"options"},
-    {"intent", "measuring", "verdict"},
+    {"intent", "measuring", "relowering", "searching", "verdict"},
     {"heatmap", "localizing", "peers", "proving", "tuning"},
     {"export", "runtimes"},
-    {"unit_times"},
-    {"accuracy", "built", "bundle", "choice", "data", "demo.ablation", "demo.train", "dispatch", "report"},
+    {"judged_samples", "unit_times"},
+    {"accuracy", "built", "bundle", "choice", "data", "demo.ablation", "demo.train", "dispatch", "report", "search"},
     {"demo.model", "latency", "manifest", "parity", "readback", "resolutions"},
     {"demo", "demo.blocks", "environment", "gpus", "inputs", "nn", "progress"},
-    {"memory", "ops", "picture", "preprocess", "receipt", "session", "weight_map"},
-    {"extras", "target"},
+    {"memory", "ops", "picture", "plan_file", "preprocess", "receipt", "session", "weight_map"},
+    {"extras", "levels", "precision_plan", "target"},
     {"errors"},
 ]
 """A module imports from the layers below its own. A name stands for all modules below it that have no other place."""
@@ -166,7 +167,7 @@ def test_only_the_exporter_imports_networks() -> None:
 def test_only_the_command_line_and_its_tables_import_typer_and_rich() -> None:
     users = {m.removeprefix("attn_deploy.") for m in OWN if packages(m) & FOR_THE_TERMINAL}
     assert users == {
-        "cli", "cli_cache", "cli_output", "cli_progress", "report.listings", "report.terminal",
+        "cli", "cli_cache", "cli_options", "cli_output", "cli_progress", "report.listings", "report.terminal",
         "report.tuning",
     }  # fmt: skip
 

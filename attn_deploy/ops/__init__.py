@@ -14,6 +14,11 @@ from attn_deploy.ops import (
     hard_attention,
     linear,
     packed_attention,
+    quantized_attention_block,
+    quantized_conv,
+    quantized_feed_forward,
+    quantized_gate,
+    quantized_linear,
     rotary_embedding,
     spatial_pool,
 )
@@ -36,7 +41,9 @@ _OPERATORS = (
 
 _BLOCKS = (linear, feed_forward, attention_block)
 
-BLOCK_FORMS: dict[str, Form] = {form.name: form for module in _BLOCKS for form in module.FORMS}
+_QUANTIZED = (quantized_linear, quantized_feed_forward, quantized_attention_block, quantized_conv, quantized_gate)
+
+BLOCK_FORMS: dict[str, Form] = {form.name: form for module in (*_BLOCKS, *_QUANTIZED) for form in module.FORMS}
 """Those that hold what stands around a site: lowering makes them, no canonical model has one."""
 
 FORMS: dict[str, Form] = {form.name: form for module in _OPERATORS for form in module.FORMS} | BLOCK_FORMS

@@ -31,7 +31,7 @@ def _form(inner: Form) -> Form:
         layer_norm.check(x, norm_scale, norm_bias)
         linear.check(x, weight_qkv, bias_qkv)
         require(weight_qkv[1] == 3 * x[2], f"weight_qkv must be [{x[2]}, {3 * x[2]}], got {weight_qkv}")
-        (attended,) = inner.infer_shapes(_packed(x, heads), *extra, **attributes)
+        (attended,) = inner.infer_shapes(packed(x, heads), *extra, **attributes)
         linear.check(attended, weight_out, bias_out)
         require(weight_out[1] == x[2], f"weight_out must be [{x[2]}, {x[2]}], got {weight_out}")
         return (x,)
@@ -42,13 +42,13 @@ def _form(inner: Form) -> Form:
     ) -> tuple[Array, ...]:  # fmt: skip
         rows = layer_norm.reference(x, norm_scale, norm_bias, epsilon)
         qkv = rows @ weight_qkv.astype(np.float64) + bias_qkv.astype(np.float64)
-        (attended,) = inner.reference(qkv.reshape(_packed(x.shape, heads)), *extra, **attributes)
+        (attended,) = inner.reference(qkv.reshape(packed(x.shape, heads)), *extra, **attributes)
         return (x.astype(np.float64) + attended @ weight_out.astype(np.float64) + bias_out.astype(np.float64),)
 
     def multiply_adds(x: Shape, *others: Shape, epsilon: float, heads: int, **attributes: Any) -> int:
         projections = math.prod(x) * (others[2][1] + others[4][1])
         extra = others[len(_OWN) - 1 :]
-        return projections + int(inner.multiply_adds(_packed(x, heads), *extra, **attributes))
+        return projections + int(inner.multiply_adds(packed(x, heads), *extra, **attributes))
 
     return Form(
         operator="AttentionBlock",
@@ -63,16 +63,13 @@ def _form(inner: Form) -> Form:
     )
 
 
-def _packed(x: Shape, heads: int) -> Shape:
+def packed(x: Shape, heads: int) -> Shape:
+    """Of query, key and value of rows x: [batch, tokens, 3, heads, head_dim]."""
     batch, tokens, channels = x
     return (batch, tokens, 3, heads, channels // heads)
 
 
-# Names that no body of PackedAttention uses; it reads `qkv`.
-_BEFORE = lines(
-    layer_norm.statement("x", "block_rows"),
-    "block_product = MatMul (block_rows, weight_qkv)",
-    "block_qkv = Add (block_product, bias_qkv)",
+SPLIT_INTO_HEADS = (
     "block_heads = Constant <value_int: int = @heads> ()",
     "block_first = Constant <value_ints: ints = [0]> ()",
     "block_heads_dim = Unsqueeze (block_heads, block_first)",
@@ -80,6 +77,15 @@ _BEFORE = lines(
     "block_rest = Constant <value_ints: ints = [-1]> ()",
     "block_shape = Concat <axis: int = 0> (block_leading, block_heads_dim, block_rest)",
     "qkv = Reshape (block_qkv, block_shape)",
+)
+"""Statements of a body: block_qkv [batch, tokens, 3 * channels] as `qkv`, which the body of PackedAttention reads. No
+body of PackedAttention uses names that begin with block_."""
+
+_BEFORE = lines(
+    layer_norm.statement("x", "block_rows"),
+    "block_product = MatMul (block_rows, weight_qkv)",
+    "block_qkv = Add (block_product, bias_qkv)",
+    *SPLIT_INTO_HEADS,
 )
 
 _AFTER = lines(

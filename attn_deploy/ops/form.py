@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Input:
-    """`dtype` is float32, int64 or bool: the type in the canonical FP32 model."""
+    """`dtype` is float32, int64 or bool: the type in the canonical FP32 model; or uint8, of a weight in 8 bits."""
 
     name: str
     dtype: str = "float32"
@@ -50,6 +50,7 @@ class Form:
     reference: Callable[..., tuple[Array, ...]]
     infer_shapes: Callable[..., tuple[Shape, ...]]
     multiply_adds: Callable[..., int]
+    output_dtype: str = "float32"
 
     def function_text(self) -> str:
         """The model-local function as ONNX text."""

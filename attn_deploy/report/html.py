@@ -10,8 +10,9 @@ from typing import Any
 import jinja2
 
 from attn_deploy.receipt import MAIN, CandidateEntry, KindCount, Receipt, SiteParity, SiteRun
-from attn_deploy.report import levels, words
+from attn_deploy.report import frontier, levels, words
 from attn_deploy.report.chart import Chart, latency_chart
+from attn_deploy.report.frontier import FrontierChart, searched_candidates
 from attn_deploy.report.sites import SiteRow, kind_counts, name_ranges, paired, site_rows
 
 TEMPLATE = "report.html.j2"
@@ -48,6 +49,8 @@ class GraphPage:
     site_matrix: list[tuple[str, list[SiteCell]]]
     exempt: Mapping[str, Mapping[str, list[tuple[str, int]]]]
     chart: Chart | None
+    frontiers: Mapping[str, FrontierChart | None]
+    """By candidate, of those whose plan was searched."""
 
 
 def render_html(receipt: Receipt) -> str:
@@ -59,6 +62,7 @@ def render_html(receipt: Receipt) -> str:
         data_sentences=words.data_sentences(receipt.data, FILES_NAMED),
         words=words,
         levels=levels,
+        frontier=frontier,
     )  # fmt: skip
 
 
@@ -78,6 +82,7 @@ def _page(name: str, receipt: Receipt) -> GraphPage:
         site_matrix=_site_matrix(receipt),
         exempt={c.id: _exempt_by_reason(c.exempt) for c in receipt.candidates},
         chart=latency_chart(receipt),
+        frontiers={candidate: frontier.frontier_chart(search) for candidate, search in searched_candidates(receipt)},
     )
 
 

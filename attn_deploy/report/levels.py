@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attn_deploy.levels import is_int8
 from attn_deploy.receipt import Receipt, Tuning
 from attn_deploy.report import words
 from attn_deploy.report.sites import name_ranges
@@ -57,6 +58,8 @@ def level_rows(tuning: Tuning) -> list[LevelRow]:
 def tuning_sentence(tuning: Tuning) -> str:
     """Where it was measured, and the whole model's verdict."""
     place = f"measured on {tuning.cpu} with {tuning.threads} threads, batch {tuning.batch}"
+    if any(is_int8(unit.level) for unit in tuning.units):
+        return f"{place}: for each part the fastest of its levels in INT8"
     if tuning.ratio is None or tuning.ratio_ci95 is None:
         return f"{place}: stock is kept, than which nothing is clearly faster"
     return f"{place}: {tuning.ratio:.2f}x {_interval(tuning.ratio_ci95)} over stock, the whole model in a second run"
@@ -65,7 +68,7 @@ def tuning_sentence(tuning: Tuning) -> str:
 LEVELS_NOTE = (
     "us: one part inside the whole model, the lower quartile over calls. stock: ONNX Runtime's operators; site: our "
     "kernel for the attention alone; linear: its linear layers too, each with what stands around it; block: all in one "
-    "kernel"
+    "kernel; -int8: with weights and activations of linear layers in 8 bits"
 )
 
 

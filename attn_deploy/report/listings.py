@@ -20,7 +20,7 @@ from attn_deploy.manifest import graph_file
 from attn_deploy.receipt import Tuning
 from attn_deploy.report.levels import tuning_sentence
 from attn_deploy.report.terminal import intent_lines, sites_table
-from attn_deploy.report.tuning import tuning_tables
+from attn_deploy.report.tuning import plan_tables, tuning_tables
 from attn_deploy.report.words import decibel, implementations, listed, milliseconds, printable, titled
 from attn_deploy.retuning import Retuning
 from attn_deploy.session import TensorSpec
@@ -57,6 +57,8 @@ def _inspection(found: Inspection, all_sites: bool) -> RenderableType:
         parts += [Text(f"{v.id}: {implementations(v.sites)}") for v in found.variants if v.sites]
         parts += [Text(f"{v.id}: {_counts(v.operators)}", style="dim") for v in found.variants if v.operators]
         parts += [Text(_tuned(v.id, v.tuning)) for v in found.variants if v.tuning is not None]
+        for variant in (v for v in found.variants if v.plan is not None):
+            parts += [Text(f"\nprecision plan of {variant.id}", style="bold"), *plan_tables(variant.plan)]
     parts += [Text(f"{map_.file or (map_.module or '(top level)')}: {map_.shows}") for map_ in found.heatmaps]
     return Group(*parts)
 

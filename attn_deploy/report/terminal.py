@@ -16,9 +16,10 @@ from rich.text import Text
 
 from attn_deploy.receipt import CandidateEntry, Intent, Peer, Receipt, SiteEntry, SiteRun
 from attn_deploy.report import words
+from attn_deploy.report.frontier import schemes, searched_candidates
 from attn_deploy.report.levels import tuned_candidates
 from attn_deploy.report.sites import SiteRow, kind_counts, site_rows
-from attn_deploy.report.tuning import tuning_tables
+from attn_deploy.report.tuning import search_tables, tuning_tables
 
 STYLES = {
     "passed": "green", "failed": "red", "not_run": "yellow",
@@ -36,6 +37,8 @@ def receipt_tables(receipt: Receipt, *, all_sites: bool = False) -> RenderableTy
         first = chosen[0][1] if chosen else None
         parts += _section(words.titled(graph, "Attention sites"), _sites(own, first, all_sites))
         parts += _section(words.titled(graph, "Candidates"), [candidates_table(own), *_reasons(own.candidates)])
+        for candidate, search in searched_candidates(own):
+            parts += _section(words.titled(graph, f"Plans for {candidate}"), search_tables(search))
         for candidate, tuning in tuned_candidates(own):
             parts += _section(words.titled(graph, f"Levels of {candidate}"), tuning_tables(tuning))
         if own.peers:
@@ -277,9 +280,10 @@ def _reasons(candidates: Sequence[CandidateEntry]) -> list[RenderableType]:
     ]
     found: dict[str, list[str]] = {}
     for candidate in candidates:
-        said = words.half_blocks(candidate)
-        if said is not None:
-            found.setdefault(said, []).append(candidate.id)
+        planned = schemes(candidate.schemes) if candidate.schemes else None
+        for said in (words.half_blocks(candidate), planned and f"layers by scheme: {planned}"):
+            if said is not None:
+                found.setdefault(said, []).append(candidate.id)
     return lines + [_note(f"{', '.join(ids)}: {said}") for said, ids in found.items()]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from attn_deploy.export.lower.cpu_fuser import Fuser
-from attn_deploy.export.lower.cpu_linear import LinearLayer, only_reader, same_shape
+from attn_deploy.export.lower.cpu_linear import LinearLayer, in_8_bits, only_reader, same_shape
 from attn_deploy.export.lower.cuda_nodes import Nodes, dims
 from attn_deploy.ops import DOMAIN, FORMS
 from attn_deploy.session import Array
@@ -32,14 +32,18 @@ class AttentionBlock:
 
     @property
     def form(self) -> str:
-        """The operator that holds all of it; empty where it is no block with norm and residual."""
+        """The operator that holds all of it; empty where it is no block with norm and residual, or only one of its
+        layers is in 8 bits."""
         before, after = self.before, self.after
         if before is None or after is None or before.norm is None or before.activation or before.residual is not None:
             return ""
         x = before.norm.x
         whole = after.norm is None and not after.activation and after.residual is x and len(dims(x)) == 3
         fits = before.shape[1] == 3 * before.shape[0] and after.shape == (before.shape[0], before.shape[0])
-        return self.site.op_type.replace("PackedAttention", "AttentionBlock", 1) if whole and fits else ""
+        if not whole or not fits or before.quantized != after.quantized:
+            return ""
+        form = self.site.op_type.replace("PackedAttention", "AttentionBlock", 1)
+        return in_8_bits(form) if before.quantized else form
 
 
 def attention_block(site: ir.Node, by_operand: Layers, by_result: Layers) -> AttentionBlock:
@@ -110,9 +114,9 @@ def packable(site: ir.Node, by_result: Layers) -> Packable | None:
     return Packable(site, tuple(layers), heads, head_dim)
 
 
-def pack(model: ir.Model, found: Packable) -> None:
+def pack(model: ir.Model, found: Packable) -> ir.Node:
     """One product and PackedAttention in place of three and Attention, in place. The site keeps its name, its result
-    name and shape."""
+    name and shape. Returns the product."""
     site, first = found.site, found.layers[0]
     nodes = Nodes(model, site, named=first.product)
     x, width = first.product.inputs[0], 3 * found.heads * found.head_dim
@@ -120,6 +124,8 @@ def pack(model: ir.Model, found: Packable) -> None:
     leading = list(dims(x))[:-1]
     result = nodes.op("MatMul", [x, nodes.const(_joined([layer.weight() for layer in found.layers], 1))], dtype=x.dtype)
     result.shape = ir.Shape([*leading, width])
+    product = result.producer()
+    assert product is not None
     result = nodes.op("Add", [result, nodes.const(_joined([layer.bias() for layer in found.layers], 0))], dtype=x.dtype)
     result.shape = ir.Shape([*leading, width])
     packed = nodes.reshape(result, 0, 0, 3, found.heads, found.head_dim)
@@ -130,6 +136,7 @@ def pack(model: ir.Model, found: Packable) -> None:
     node.metadata_props.update(site.metadata_props)
     model.graph.insert_before(site, node)
     _take_over(model, site, made, found)
+    return product
 
 
 def _joined(arrays: list[Array], axis: int) -> Array:

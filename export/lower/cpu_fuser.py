@@ -8,9 +8,11 @@ import numpy as np
 import onnx_ir as ir
 
 from attn_deploy.export.lower.cpu_linear import LinearLayer, Norm, is_transposed, weight_value
-from attn_deploy.export.lower.cuda_nodes import FLOAT, dims
+from attn_deploy.export.lower.cuda_nodes import dims
 from attn_deploy.export.precision.insert import Inserter
+from attn_deploy.export.precision.quantize_weight import quantize_weight
 from attn_deploy.ops import DOMAIN, VERSION
+from attn_deploy.ops.quantized import stored
 from attn_deploy.session import Array
 
 
@@ -23,6 +25,7 @@ class Fuser:
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self._replaced: dict[ir.Value, ir.Value] = {}
+        self._quantized: dict[tuple[object, ...], list[ir.Value]] = {}
 
     def current(self, value: ir.Value) -> ir.Value:
         while value in self._replaced:
@@ -58,13 +61,25 @@ class Fuser:
 
     def layer_constants(self, layer: LinearLayer) -> list[ir.Value]:
         """Weight [in, out] and bias [out]: those of the model where they are as they are needed, so that what layers
-        share stays shared."""
-        weight = weight_value(layer.product)
-        if layer.scales or is_transposed(layer.product):
-            weight = self._constant(layer.product, "weight", layer.weight())
+        share stays shared. Of a layer in 8 bits the weight as stored levels and its scale [out]."""
+        if layer.quantized:
+            weight = self._quantized_weight(layer)
+        elif layer.scales or is_transposed(layer.product):
+            weight = [self._constant(layer.product, "weight", layer.weight())]
+        else:
+            weight = [weight_value(layer.product)]
         if layer.added is None or layer.scales or dims(layer.added) != [layer.shape[1]]:
-            return [weight, self._constant(layer.product, "bias", layer.bias())]
-        return [weight, layer.added]
+            return [*weight, self._constant(layer.product, "bias", layer.bias())]
+        return [*weight, layer.added]
+
+    def _quantized_weight(self, layer: LinearLayer) -> list[ir.Value]:
+        """Those of a layer before where that has the same weight."""
+        key = (weight_value(layer.product), is_transposed(layer.product), layer.scales)
+        if key not in self._quantized:
+            levels, scale = quantize_weight(layer.weight(), axis=1)
+            constants = {"weight_uint8": stored(levels), "weight_scale": scale}
+            self._quantized[key] = [self._constant(layer.product, label, a) for label, a in constants.items()]
+        return self._quantized[key]
 
     def norm_constants(self, norm: Norm) -> list[ir.Value]:
         if norm.bias is not None:
@@ -73,5 +88,5 @@ class Fuser:
 
     def _constant(self, named: ir.Node, label: str, array: Array) -> ir.Value:
         value = Inserter(self.model, named, "fused").constant(label, array)
-        value.dtype, value.shape = FLOAT, ir.Shape(array.shape)
+        value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
         return value

@@ -12,13 +12,14 @@ def global_pools(model: ir.Model) -> int:
     """ReduceMean of [batch, channels, ...] over all dimensions but the first two becomes GlobalAveragePool, with a
     Flatten behind where those dimensions go; returns how many. Only in float32, and of maps: [batch, tokens, channels]
     has no plane."""
-    found = [node for node in model.graph if _is_plane_mean(node)]
+    found = [node for node in model.graph if is_plane_mean(node)]
     for node in found:
         _replace(node)
     return len(found)
 
 
-def _is_plane_mean(node: ir.Node) -> bool:
+def is_plane_mean(node: ir.Node) -> bool:
+    """ReduceMean over all dimensions of a map but the first two."""
     x = node.inputs[0] if node.inputs else None
     if node.op_type != "ReduceMean" or node.domain not in ("", "ai.onnx") or x is None or x.shape is None:
         return False

@@ -40,7 +40,8 @@ class Norm:
 @dataclass(frozen=True)
 class LinearLayer:
     """residual + activation(norm(x) @ weight + bias): `nodes` compute it, in order, without the norm's; the last one
-    makes the result. `x` is what the product reads; `scales` are layer scales behind the bias."""
+    makes the result. `x` is what the product reads; `scales` are layer scales behind the bias. `quantized`: by
+    the operator whose weight is in 8 bits."""
 
     product: ir.Node
     nodes: tuple[ir.Node, ...]
@@ -50,6 +51,7 @@ class LinearLayer:
     activation: str = ""
     residual: ir.Value | None = None
     norm: Norm | None = None
+    quantized: bool = False
 
     @property
     def result(self) -> ir.Value:
@@ -62,7 +64,8 @@ class LinearLayer:
 
     @property
     def form(self) -> str:
-        return name_of(self.norm is not None, self.activation, self.residual is not None)
+        name = name_of(self.norm is not None, self.activation, self.residual is not None)
+        return in_8_bits(name) if self.quantized else name
 
     @cached_property
     def shape(self) -> tuple[int, int]:
@@ -94,6 +97,11 @@ class LinearLayer:
         return factor
 
 
+def in_8_bits(form: str) -> str:
+    """The form of the same operator whose weights are in 8 bits."""
+    return f"Quantized{form}"
+
+
 def linear_layers(model: ir.Model) -> Iterator[LinearLayer]:
     """Every linear layer in FP32, with all that can be taken in, in graph order. Of two layers whose sum is read, the
     first takes the addition."""
@@ -118,6 +126,12 @@ def narrowed(layer: LinearLayer, forms: frozenset[str]) -> LinearLayer | None:
             if candidate.form in forms:
                 return candidate
     return None
+
+
+def bare(layer: LinearLayer) -> LinearLayer:
+    """Product, bias and layer scales alone."""
+    *_, last = _prefixes(layer)
+    return replace(last, norm=None)
 
 
 def _prefixes(layer: LinearLayer) -> Iterator[LinearLayer]:

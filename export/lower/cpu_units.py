@@ -6,7 +6,8 @@ block. Its levels, from the finest to the coarsest:
     site    the library's kernel for the site alone
     linear  that, and for each linear layer an operator with the norm, activation and residual around it
     block   one operator for all of it
-Which is fastest only a measurement can tell.
+Which is fastest only a measurement can tell. Under a precision plan that puts layers of a unit into 8 bits per token it
+has the levels linear and block, of operators whose weights are in 8 bits; those that the library lacks run as bodies.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -31,12 +33,13 @@ from attn_deploy.export.lower.cpu_attention import (
 )
 from attn_deploy.export.lower.cpu_feed_forward import FeedForward, feed_forwards, fuse_feed_forward
 from attn_deploy.export.lower.cpu_fuser import Fuser
-from attn_deploy.export.lower.cpu_linear import LinearLayer, linear_layers, narrowed
+from attn_deploy.export.lower.cpu_linear import LinearLayer, bare, linear_layers, narrowed
 from attn_deploy.export.lower.cpu_rows import keep_tokens_flat
 from attn_deploy.export.lower.cpu_selected_rows import select_rows_early
 from attn_deploy.export.lower.cuda_idle import drop_idle_movement
 from attn_deploy.export.lower.cuda_nodes import dims
 from attn_deploy.ops import DOMAIN, FORMS
+from attn_deploy.precision_plan import PrecisionPlan, Scheme
 from attn_deploy.target import nearest
 
 STOCK, SITE, LINEAR, BLOCK = LEVELS = ("stock", "site", "linear", "block")
@@ -56,30 +59,50 @@ class Unit:
     site: str | None = None
 
 
-def fusible_units(canonical: CanonicalModel, kernels: Collection[str]) -> tuple[Unit, ...]:
-    """In graph order; those of which `kernels`, the operator forms of the library, can run something."""
+def fusible_units(
+    canonical: CanonicalModel, kernels: Collection[str], plan: PrecisionPlan | None = None
+) -> tuple[Unit, ...]:
+    """In graph order; those of which `kernels`, the operator forms of the library, can run something. With `plan` as
+    they are under it: those in 8 bits all, since bodies run them too."""
+    return tuple(unit for unit in all_units(canonical, kernels, plan) if len(unit.levels) > 1 or LINEAR in unit.levels)
+
+
+def all_units(
+    canonical: CanonicalModel, kernels: Collection[str], plan: PrecisionPlan | None = None
+) -> tuple[Unit, ...]:
+    """Those too that have no level but stock."""
     model = canonical.model.clone()
     prepare(model)
     sites = {s.node for s in canonical.sites}
-    units = [found.unit for found in _matches(model, frozenset(kernels), None)]
+    units = [found.unit for found in _matches(model, _Means(frozenset(kernels), int8_layers(plan)), None)]
     order = {str(node.name): number for number, node in enumerate(canonical.model.graph)}
     units = [
         replace(u, nodes=tuple(n for n in u.nodes if n in order), site=u.site if u.site in sites else None)
-        for u in units if len(u.levels) > 1
-    ]  # fmt: skip
+        for u in units
+    ]
     return tuple(sorted(units, key=lambda unit: min(order[name] for name in unit.nodes)))
 
 
-def fuse_units(model: ir.Model, kernels: Collection[str], levels: Mapping[str, str] | None) -> None:
-    """Brings every unit to its level, in place, and puts in the bodies of what has none of `kernels`. `levels` None:
-    the coarsest of each; a unit that it leaves out is stock.
+def int8_layers(plan: PrecisionPlan | None) -> frozenset[str]:
+    """The layers that run in 8 bits per token, if they are linear: a plan for TensorRT has other words for it."""
+    return frozenset() if plan is None else frozenset(plan.of(Scheme.PER_TOKEN, Scheme.STATIC, Scheme.FP8))
 
-    Raises UsageError for a unit that the model does not have, or a level that the unit does not have.
+
+def fuse_units(
+    model: ir.Model, kernels: Collection[str], levels: Mapping[str, str] | None, plan: PrecisionPlan | None = None
+) -> frozenset[str]:
+    """Brings every unit to its level, in place, and puts in the bodies of what has none of `kernels`. `levels` None:
+    the coarsest of each; a unit that it leaves out is at its plainest. Returns the layers of `plan` that are in 8 bits
+    now.
+
+    Raises UsageError for a unit that the model does not have, or a level that the unit does not have. With `plan`,
+    which may have changed since `levels` were chosen, those are taken as the nearest that there is.
     """
     forms = frozenset(kernels)
+    means = _Means(forms, int8_layers(plan))
     prepare(model)
-    found = _matches(model, forms, levels)
-    chosen = _chosen([f.unit for f in found], levels)
+    found = _matches(model, means, levels)
+    chosen = _chosen([f.unit for f in found], levels, strict=plan is None)
     fuser = Fuser(model)
     for match in found:
         match.lower(fuser, chosen[match.unit.name], forms)
@@ -87,6 +110,7 @@ def fuse_units(model: ir.Model, kernels: Collection[str], levels: Mapping[str, s
     attach_functions(model)
     stock = {f.unit.site for f in found if f.unit.site and chosen[f.unit.name] == STOCK}
     inline_functions(model, keep=forms, apart_from=frozenset(stock))
+    return means.int8 & {name for match in found for name in match.unit.nodes}
 
 
 def prepare(model: ir.Model) -> None:
@@ -96,9 +120,11 @@ def prepare(model: ir.Model) -> None:
     select_rows_early(model)
 
 
-def _chosen(units: Sequence[Unit], levels: Mapping[str, str] | None) -> dict[str, str]:
+def _chosen(units: Sequence[Unit], levels: Mapping[str, str] | None, *, strict: bool) -> dict[str, str]:
     if levels is None:
         return {unit.name: unit.levels[-1] for unit in units}
+    if not strict:
+        return {unit.name: plainer(levels.get(unit.name, STOCK), unit.levels) for unit in units}
     by_name = {unit.name: unit for unit in units}
     for name, level in levels.items():
         if name not in by_name:
@@ -110,7 +136,20 @@ def _chosen(units: Sequence[Unit], levels: Mapping[str, str] | None) -> dict[str
     return {unit.name: levels.get(unit.name, STOCK) for unit in units}
 
 
+def plainer(level: str, offered: Sequence[str]) -> str:
+    """The level, or the next plainer one of those `offered`; where there is none, the plainest."""
+    allowed = LEVELS[: LEVELS.index(level) + 1]
+    return next((found for found in reversed(offered) if found in allowed), offered[0])
+
+
 # -- what is in a model -----------------------------------------------------------------------------------------------
+
+
+class _Means(NamedTuple):
+    """`kernels`: the forms of the library; `int8`: names of products that are to be in 8 bits."""
+
+    kernels: frozenset[str]
+    int8: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -129,6 +168,8 @@ class _Match:
         elif level == LINEAR:
             for layer in self.layers:
                 narrow = narrowed(layer, kernels)
+                if narrow is None and layer.quantized:
+                    narrow = bare(layer)
                 if narrow is not None:
                     fuser.linear(narrow)
 
@@ -150,11 +191,12 @@ class _Found:
         self.taken.update(layer.product for layer in layers)
 
 
-def _matches(model: ir.Model, kernels: frozenset[str], levels: Mapping[str, str] | None) -> list[_Match]:
+def _matches(model: ir.Model, means: _Means, levels: Mapping[str, str] | None) -> list[_Match]:
     """Query, key and value are packed first, where the unit's level asks for it."""
+    kernels = means.kernels
     forms = {str(node.name): node.op_type for node in model.graph if node.domain == DOMAIN}
-    packed = _pack(model, kernels, levels)
-    found = _Found(list(linear_layers(model)))
+    packed, int8 = _pack(model, means, levels)
+    found = _Found([replace(a, quantized=str(a.product.name) in int8) for a in linear_layers(model)])
     own = [node for node in model.graph if node.domain == DOMAIN]
     matches = [_site(n, forms[str(n.name)], packed.get(str(n.name), ()), found, kernels) for n in own]
     names: Counter[str] = Counter()
@@ -165,19 +207,25 @@ def _matches(model: ir.Model, kernels: frozenset[str], levels: Mapping[str, str]
 
 
 def _pack(
-    model: ir.Model, kernels: frozenset[str], levels: Mapping[str, str] | None
-) -> dict[str, tuple[LinearLayer, ...]]:
-    """The layers that were packed, by the site's name."""
-    packed = {}
+    model: ir.Model, means: _Means, levels: Mapping[str, str] | None
+) -> tuple[dict[str, tuple[LinearLayer, ...]], frozenset[str]]:
+    """The layers that were packed, by the site's name; and the products that are to be in 8 bits from there on. Layers
+    are packed where all or none of them are."""
+    packed: dict[str, tuple[LinearLayer, ...]] = {}
+    int8 = set(means.int8)
     by_result = {layer.result: layer for layer in linear_layers(model)}
     for node in [n for n in model.graph if n.domain == DOMAIN]:
         asked = levels is None or levels.get(str(node.name)) in (LINEAR, BLOCK)
         found = packable(node, by_result) if asked else None
-        if found is not None and found.form in kernels and kernels & {"Linear", "NormLinear"}:
-            pack(model, found)
+        if found is None or found.form not in means.kernels or not means.kernels & {"Linear", "NormLinear"}:
+            continue
+        in_int8 = {str(layer.product.name) in means.int8 for layer in found.layers}
+        if len(in_int8) == 1:
+            product = pack(model, found)
             packed[str(node.name)] = found.layers
+            int8 |= {str(product.name)} if True in in_int8 else set()
     RemoveUnusedNodesPass()(model)
-    return packed
+    return packed, frozenset(int8)
 
 
 def _site(node: ir.Node, form: str, packed: Sequence[LinearLayer], found: _Found, kernels: frozenset[str]) -> _Match:
@@ -211,10 +259,11 @@ def _lone(layer: LinearLayer, kernels: frozenset[str]) -> _Match:
 
 
 def _levels(kernels: frozenset[str], site: str, layers: Sequence[LinearLayer], block: str) -> tuple[str, ...]:
+    int8 = any(layer.quantized for layer in layers)
     there = {
-        STOCK: True,
-        SITE: site in kernels,
-        LINEAR: any(narrowed(layer, kernels) is not None for layer in layers),
+        STOCK: not int8,
+        SITE: site in kernels and not int8,
+        LINEAR: int8 or any(narrowed(layer, kernels) is not None for layer in layers),
         BLOCK: block in kernels,
     }
     return tuple(level for level in LEVELS if there[level])

@@ -6,24 +6,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
+from msgspec.structs import replace
 
 from attn_deploy.export.canonical import CanonicalModel
 from attn_deploy.export.functions import inline_functions
 from attn_deploy.export.lower.cpu_global_pool import global_pools
-from attn_deploy.export.lower.cpu_units import SITE, STOCK, fuse_units, fusible_units, prepare
+from attn_deploy.export.lower.cpu_int8 import Calibration, int8_graph
+from attn_deploy.export.lower.cpu_units import STOCK, Unit, fuse_units, fusible_units, int8_layers, plainer, prepare
 from attn_deploy.export.lower.lowered import Alternative, Batches, Conditions, Lowered
-from attn_deploy.export.precision.calibration import OpenModel, collect_ranges
+from attn_deploy.export.precision.calibration import OpenModel
 from attn_deploy.export.precision.fp16 import store_fp16
 from attn_deploy.export.precision.insert import drop_unused_initializers
-from attn_deploy.export.precision.int8_conv import quantize_convs, values_to_calibrate
-from attn_deploy.export.precision.int8_linear import quantize_linear
-from attn_deploy.export.precision.plan import PrecisionPlan, Scheme, plan_int8, weighted_nodes
-from attn_deploy.ops import DOMAIN, FORMS
+from attn_deploy.export.precision.plan import Exempt, plan_int8, weighted_nodes
+from attn_deploy.export.precision.statistics import Statistics
+from attn_deploy.export.precision.weight_only import weight_only_plan
+from attn_deploy.ops import FORMS
+from attn_deploy.precision_plan import LayerPlan, PrecisionPlan, Scheme
 from attn_deploy.target import Precision
 
-PRECISIONS = (Precision.FP32, Precision.FP16, Precision.INT8)
+PRECISIONS = (Precision.FP32, Precision.FP16, Precision.INT8, Precision.AUTO)
 DEFAULTS = (Precision.FP32, Precision.INT8)
 
+IN_FLOAT = (Precision.FP32, Precision.FP16)
+"""Computed in FP32, whatever the weights are stored in."""
 
 BLOCKED = {"layout": "blocked"}
 """The graph that ONNX Runtime optimized on this CPU is rewritten, so that what stands between two convolutions stays in
@@ -32,47 +37,46 @@ their layout (runtimes/onnxruntime_blocked.py)."""
 MIN_CONVOLUTIONS = 4
 """Fewer are a stem, with nothing between them."""
 
-SITES = (STOCK, SITE)
-"""What a unit can be beside INT8."""
-
 _INSIDE_BLOCKED = frozenset({"Gate", "ChannelPool", "SpatialPool"})
 """Operators whose bodies are what the blocked layout works on."""
 
 
 def alternatives(canonical: CanonicalModel, precision: Precision, conditions: Conditions) -> tuple[Alternative, ...]:
     """Function bodies; the levels that tuning chose, where it did; what the native library's kernels can run as coarse
-    as it can; and convolutions with all between them in the blocked layout. The kernels are FP32 alone: an operator
-    beside FP16 weights would meet no kernel, and INT8 quantizes the linear layers."""
+    as it can; and convolutions with all between them in the blocked layout. FP16, which is how weights are stored, has
+    the forms of FP32, which it computes in."""
     found = [Alternative()]
-    tuned = conditions.tuned.get(precision)
-    if precision is Precision.FP16:
-        used: frozenset[str] = frozenset()
-    elif precision is Precision.FP32:
-        used = _useful(canonical, conditions.kernels)
-    else:
-        used = frozenset(s.operator for s in canonical.sites) & conditions.kernels
-    if used:
-        if tuned is not None and _is_mixture(canonical, precision, used, tuned):
-            found.append(Alternative("-tuned", {"native": used, "fuse": tuned}))
-        found.append(Alternative("-native", {"native": used}))
-    if precision is Precision.FP32 and _has_blocked(canonical, conditions):
+    tuned = conditions.tuned.get(Precision.FP32 if precision is Precision.FP16 else precision)
+    kernels = conditions.kernels
+    units = _units(canonical, precision, conditions)
+    if kernels and any(_runs_something(unit, kernels) for unit in units):
+        if tuned is not None and _is_mixture(units, tuned):
+            found.append(Alternative("-tuned", {"native": kernels, "fuse": tuned}))
+        found.append(Alternative("-native", {"native": kernels}))
+    if precision in IN_FLOAT and _has_blocked(canonical, conditions):
         found.append(Alternative("-blocked", _beside_blocked(canonical, conditions.kernels, tuned), BLOCKED))
+    if precision is Precision.INT8 and conditions.blocks and (conditions.plan or PrecisionPlan()).of(Scheme.PER_TOKEN):
+        found.append(Alternative("-weights", {"native": kernels, "blocks": True}))
     return tuple(found)
 
 
-def _useful(canonical: CanonicalModel, kernels: frozenset[str]) -> frozenset[str]:
-    """The kernels, if one of them can run something of the model."""
-    return kernels if fusible_units(canonical, kernels) else frozenset()
+def _units(canonical: CanonicalModel, precision: Precision, conditions: Conditions) -> tuple[Unit, ...]:
+    plan = None
+    if precision.quantized:
+        plan = conditions.plan or plan_int8(canonical.model)
+    return fusible_units(canonical, conditions.kernels, plan)
 
 
-def _is_mixture(
-    canonical: CanonicalModel, precision: Precision, kernels: frozenset[str], tuned: Mapping[str, str]
-) -> bool:
+def _runs_something(unit: Unit, kernels: frozenset[str]) -> bool:
+    """Whether it is not made of bodies alone."""
+    return STOCK in unit.levels or any(name.startswith("QuantizedLinear") for name in kernels)
+
+
+def _is_mixture(units: Sequence[Unit], tuned: Mapping[str, str]) -> bool:
     """Whether the levels are neither stock everywhere nor the coarsest, which are offered anyway."""
-    units = fusible_units(canonical, kernels)
-    coarsest = {u.name: next(v for v in reversed(u.levels) if precision is Precision.FP32 or v in SITES) for u in units}
-    return any(level != STOCK for level in tuned.values()) and any(
-        tuned.get(name, STOCK) != level for name, level in coarsest.items()
+    levels = {unit.name: plainer(tuned.get(unit.name, STOCK), unit.levels) for unit in units}
+    return any(level != STOCK for level in levels.values()) and any(
+        levels[unit.name] != unit.levels[-1] for unit in units
     )
 
 
@@ -104,56 +108,47 @@ def lower(
     calibration: Batches | None = None,
     open_model: OpenModel | None = None,
     exclude: Sequence[str] = (),
+    plan: PrecisionPlan | None = None,
+    statistics: Statistics | None = None,
+    blocks: bool = False,
 ) -> Lowered:
     """`native`: forms that the native library can run; all others are inlined. `fuse`: the level of each fusible unit
-    (cpu_units says what they are), None for the coarsest that `native` allows; a unit that it leaves out is stock.
-    INT8 has the levels stock and site. `exclude`: module paths below which every layer stays in floating point.
+    (cpu_units says what they are), None for the coarsest that `native` allows; a unit that it leaves out is at its
+    plainest.
 
-    INT8 of a model with convolutions needs `calibration` and `open_model`.
+    INT8 follows `plan`, a plan of nodes, or without one `plan_int8`, which leaves what is below the module paths
+    `exclude` in floating point. Convolutions in INT8 need `calibration` and `open_model`; so does a plan that smooths
+    or equalizes, unless there are `statistics`. `blocks`: linear layers have their weights in blocks instead of
+    activations per token. The plan that comes back is what was done.
     """
-    model = canonical.model.clone()
-    plan = PrecisionPlan(())
     notes: tuple[str, ...] = ()
-    if precision is Precision.INT8:
-        plan = plan_int8(model, exclude)
-        _quantize(canonical, model, plan, calibration, open_model)
-    if native and precision is Precision.FP32:
-        fuse_units(model, native, fuse)
+    if precision.quantized:
+        plan = plan_int8(canonical.model, exclude) if plan is None else plan
+        plan = weight_only_plan(plan) if blocks else plan
+        graph = int8_graph(canonical, plan, Calibration(statistics, calibration, open_model))
+        model, notes, statistics = graph.model, graph.notes, graph.statistics
+        plan = _without(plan, _linear(canonical.model, plan) - fuse_units(model, native, fuse, plan))
     else:
-        if precision is Precision.FP32:
+        plan, model, statistics = PrecisionPlan(), canonical.model.clone(), None
+        if native:
+            fuse_units(model, native, fuse)
+        else:
             prepare(model)
-        inline_functions(model, keep=native, apart_from=_stock_sites(model, fuse))
-    if precision is not Precision.INT8:
+            inline_functions(model)
         global_pools(model)
     if precision is Precision.FP16:
         notes = tuple(f"{name} stays FP32: beyond FP16's range" for name in store_fp16(model))
     drop_unused_initializers(model)
-    return Lowered(model, plan, bool(model.functions), notes)
+    return Lowered(model, plan, bool(model.functions), notes, statistics=statistics)
 
 
-def _stock_sites(model: ir.Model, fuse: Mapping[str, str] | None) -> frozenset[str]:
-    if fuse is None:
-        return frozenset()
-    return frozenset(str(n.name) for n in model.graph if n.domain == DOMAIN and fuse.get(str(n.name), STOCK) == STOCK)
+def _linear(model: ir.Model, plan: PrecisionPlan) -> frozenset[str]:
+    """The linear layers that the plan has in 8 bits per token."""
+    names = int8_layers(plan)
+    return frozenset(str(n.name) for n in weighted_nodes(model) if n.op_type != "Conv" and str(n.name) in names)
 
 
-def _quantize(
-    canonical: CanonicalModel,
-    model: ir.Model,
-    plan: PrecisionPlan,
-    calibration: Batches | None,
-    open_model: OpenModel | None,
-) -> None:
-    by_scheme: dict[Scheme, list[ir.Node]] = {scheme: [] for scheme in Scheme}
-    for node in weighted_nodes(model):
-        by_scheme[plan.scheme(str(node.name))].append(node)
-    convs = by_scheme[Scheme.STATIC_PER_TENSOR]
-    if convs:
-        assert calibration is not None
-        assert open_model is not None
-        reference = canonical.model.clone()
-        inline_functions(reference)
-        ranges = collect_ranges(reference, values_to_calibrate(convs), calibration(), open_model)
-        quantize_convs(model, convs, ranges)
-    for node in by_scheme[Scheme.DYNAMIC_PER_TOKEN]:
-        quantize_linear(model, node)
+def _without(plan: PrecisionPlan, layers: frozenset[str]) -> PrecisionPlan:
+    """The plan with layers in floating point that have no operator in 8 bits."""
+    left = (LayerPlan(p.layer, Scheme.FLOAT, Exempt.FORM) if p.layer in layers else p for p in plan.layers)
+    return replace(plan, layers=tuple(left))

@@ -24,14 +24,14 @@ from attn_deploy.export.lower.cuda_operator import Operator
 from attn_deploy.export.lower.cuda_opset import NO_KERNEL_AT_22, raise_for_attention
 from attn_deploy.export.lower.cuda_rotary import fuse_rotary
 from attn_deploy.export.lower.cuda_skip_norm import FUSED, fuse_skip_norm
-from attn_deploy.export.lower.half_graph import half_graph
+from attn_deploy.export.lower.half_graph import half_graph, half_plan, kept_in_float32
 from attn_deploy.export.lower.lowered import Alternative, Batches, Conditions, Lowered
 from attn_deploy.export.lower.norms import whole_norms
 from attn_deploy.export.lower.static_shapes import write_shapes
 from attn_deploy.export.precision.calibration import OpenModel
 from attn_deploy.export.precision.insert import drop_unused_initializers
-from attn_deploy.export.precision.plan import PrecisionPlan
 from attn_deploy.ops import DOMAIN, FORMS
+from attn_deploy.precision_plan import PrecisionPlan
 from attn_deploy.receipt import BlockLoss
 from attn_deploy.target import Precision
 
@@ -83,8 +83,10 @@ def lower(
     open_model: OpenModel | None = None,
     exclude: Sequence[str] = (),
     attention: Operator = "Attention",
+    plan: PrecisionPlan | None = None,
 ) -> Lowered:
-    """`native`: forms that stay operators, to be run by the CUDA library. `exclude`: module paths that stay FP32.
+    """`native`: forms that stay operators, to be run by the CUDA library. `exclude`: module paths that stay FP32, as
+    layers do that the `plan` says so of; it was made for this target or another, and says nothing else here.
     `calibration` and `open_model` (on the CPU): magnitudes for FP16 and the loss of each block; without them neither.
     `attention`: the operator that is taken where two compute the same.
 
@@ -105,14 +107,17 @@ def lower(
     RemoveUnusedNodesPass()(model)
     drop_unused_initializers(model)
     blocks: tuple[BlockLoss, ...] = ()
+    done = PrecisionPlan()
     if precision is not Precision.FP32:
+        keep = kept_in_float32(model, plan)
         half = half_graph(
-            canonical, model, precision, calibration, open_model, exclude=exclude,
+            canonical, model, precision, calibration, open_model, exclude=(*exclude, *keep),
             kernels=half_kernels(precision, native),
         )  # fmt: skip
         model, notes, blocks = half.model, notes + half.notes, half.blocks
+        done = half_plan(canonical.model, half.kept)
     options = _options(model, precision)
-    return Lowered(model, PrecisionPlan(()), bool(model.functions), notes, options, blocks)
+    return Lowered(model, done, bool(model.functions), notes, options, blocks)
 
 
 def _require(canonical: CanonicalModel, precision: Precision) -> None:

@@ -1,9 +1,9 @@
 """Lowering for TensorRT 10.3 and later: a strongly typed graph of what its ONNX parser takes.
 
 Precision is in the graph alone (TensorRT 11 has no other way, and 10.x is built strongly typed too): FP16 and BF16 by
-casts, INT8 by symmetric signed QuantizeLinear and DequantizeLinear with zero point 0, with the rest in FP16.
+casts, INT8 and FP8 by symmetric signed QuantizeLinear and DequantizeLinear with zero point 0, with the rest in FP16.
 
-    form                       10.3 to 10.16, and FP32 everywhere      11.0 and later, FP16, BF16 and INT8
+    form                       10.3 to 10.16, and FP32 everywhere      11.0 and later, in every other precision
     Attention, PackedAttention MatMul, Add, Softmax, MatMul            one Attention of opset 23
     ... Grouped                the same; key and value heads repeated  heads as they are
     ... Causal                 a constant triangle in the Add          is_causal, or in the mask where there is one
@@ -30,10 +30,10 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from attn_deploy.errors import AttnDeployError, UsageError
+from attn_deploy.errors import UsageError
 from attn_deploy.export.canonical import CanonicalModel
 from attn_deploy.export.functions import inline_functions
-from attn_deploy.export.lower.half_graph import half_graph
+from attn_deploy.export.lower.half_graph import half_graph, half_plan, kept_in_float32
 from attn_deploy.export.lower.lowered import Alternative, Batches, Conditions, Lowered
 from attn_deploy.export.lower.norms import whole_norms
 from attn_deploy.export.lower.static_shapes import write_shapes
@@ -46,14 +46,14 @@ from attn_deploy.export.lower.tensorrt_operators import (
     max_opset,
     version_text,
 )
+from attn_deploy.export.lower.tensorrt_quantized import means, quantize, smooth_as_planned
 from attn_deploy.export.opset import raise_opset
 from attn_deploy.export.precision.calibration import OpenModel
-from attn_deploy.export.precision.half import to_half
-from attn_deploy.export.precision.half_ranges import collect_magnitudes
 from attn_deploy.export.precision.insert import drop_unused_initializers
-from attn_deploy.export.precision.int8_symmetric import int8_symmetric, plan_symmetric
-from attn_deploy.export.precision.plan import PrecisionPlan
+from attn_deploy.export.precision.statistics import Statistics
+from attn_deploy.export.precision.symmetric_format import FORMATS
 from attn_deploy.ops import DOMAIN, FORMS
+from attn_deploy.precision_plan import PrecisionPlan
 from attn_deploy.receipt import BlockLoss
 from attn_deploy.target import Precision
 
@@ -67,9 +67,10 @@ OPERATOR_OPSET = 23
 """The first with Attention and RMSNormalization."""
 
 
-PRECISIONS = (Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8)
+PRECISIONS = (Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8, Precision.FP8)
 DEFAULTS = (Precision.FP32, Precision.FP16)
-"""An engine takes minutes to build: INT8, which is often slower than FP16 where attention is, only when it is named."""
+"""An engine takes minutes to build: INT8, which is often slower than FP16 where attention is, only when it is named;
+FP8, which GPUs before compute capability 8.9 lack, too."""
 
 
 def alternatives(canonical: CanonicalModel, precision: Precision, conditions: Conditions) -> tuple[Alternative, ...]:
@@ -108,11 +109,17 @@ def lower(
     version: Version = NEWEST,
     attention: AttentionForm | None = None,
     int8_attention: bool = False,
+    plan: PrecisionPlan | None = None,
+    statistics: Statistics | None = None,
 ) -> Lowered:
     """`version`: the TensorRT that will parse the model. `exclude`: module paths below which every layer stays in FP32
-    (INT8: in FP16). `calibration` and `open_model`: INT8 needs them, FP16 and BF16 check their blocks with them.
-    `int8_attention`: the products of an attention are quantized too; the pattern then, whatever `attention` says. It is
-    an option to measure: TensorRT fuses it for head sizes 16, 32 and 64 up to 512 tokens, and FP16 is often faster.
+    (INT8 and FP8: in FP16). `calibration` and `open_model`: INT8 and FP8 need them, FP16 and BF16 check their blocks
+    with them. `int8_attention`: the products of an attention are quantized too; the pattern then, whatever `attention`
+    says. It is an option to measure: TensorRT fuses it for head sizes 16, 32 and 64 up to 512 tokens, and FP16 is often
+    faster.
+
+    `plan`: what each layer is, by its node in the canonical model, made for this target or another; layers in any INT8
+    scheme are in this precision. `statistics` were collected from the canonical model; what is missing is collected.
 
     Raises NotAsAskedError for what that version does not parse, naming the node; UsageError for native forms, a version
     before 10.3, or an attention form that the version lacks.
@@ -129,15 +136,21 @@ def lower(
             next_step="lower with attention=pattern",
         )  # fmt: skip
     model = canonical.model.clone()
+    done, notes, blocks = PrecisionPlan(), tuple[str, ...](), tuple[BlockLoss, ...]()
+    quantized = FORMATS.get(precision)
+    found = None if quantized is None else means(calibration, open_model, statistics)
+    if found is not None:
+        notes = smooth_as_planned(canonical, model, plan, found)
     _lower_forms(model, form, version)
     opset = model.opset_imports[""]
-    plan, notes, blocks = PrecisionPlan(()), tuple[str, ...](), tuple[BlockLoss, ...]()
-    if precision is Precision.INT8:
-        plan = plan_symmetric(canonical.model, exclude)
-        plan, notes = _quantize(model, plan, calibration, open_model, int8_attention)
+    if quantized is not None and found is not None:
+        done, more = quantize(canonical, model, quantized, plan, found, exclude=exclude, attention=int8_attention)
+        notes += more
     elif precision is not Precision.FP32:
-        half = half_graph(canonical, model, precision, calibration, open_model, exclude=exclude)
+        keep = (*exclude, *kept_in_float32(model, plan))
+        half = half_graph(canonical, model, precision, calibration, open_model, exclude=keep)
         model, notes, blocks = half.model, half.notes, half.blocks
+        done = half_plan(canonical.model, half.kept)
     # BF16 convolutions are in ONNX from opset 22 on and in TensorRT's parser at every opset: the number is a label.
     model.graph.opset_imports[""] = min(model.opset_imports[""], max(opset, max_opset(version)))
     drop_unused_initializers(model)
@@ -145,7 +158,7 @@ def lower(
         if node.op_type == "Attention":  # last: no runtime but TensorRT takes a model with it
             node.attributes[DECOMPOSABLE] = ir.AttrInt64(DECOMPOSABLE, 1)
     check_parses(model, version)
-    return Lowered(model, plan, library=False, notes=notes, blocks=blocks)
+    return Lowered(model, done, library=False, notes=notes, blocks=blocks)
 
 
 def _lower_forms(model: ir.Model, form: AttentionForm, version: Version) -> None:
@@ -166,17 +179,6 @@ def _lower_forms(model: ir.Model, form: AttentionForm, version: Version) -> None
     write_shapes(model)
     if not {"Attention", "RMSNormalization"} & {node.op_type for node in model.graph}:
         model.graph.opset_imports[""] = opset  # older TensorRT can then take the model too
-
-
-def _quantize(
-    model: ir.Model, plan: PrecisionPlan, calibration: Batches | None, open_model: OpenModel | None, attention: bool
-) -> tuple[PrecisionPlan, tuple[str, ...]]:
-    """INT8 as `plan` says, in place, and FP16 for the rest; the plan as it was kept, and notes."""
-    if calibration is None or open_model is None:
-        raise AttnDeployError("INT8 for TensorRT has static ranges", got="no calibration data", expected="some")
-    magnitudes = collect_magnitudes(model, calibration(), open_model)
-    kept = int8_symmetric(model, plan, calibration, open_model, attention=attention)
-    return kept, to_half(model, Precision.FP16, magnitudes).notes
 
 
 def standard(model: ir.Model) -> ir.Model:

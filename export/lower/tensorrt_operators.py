@@ -42,7 +42,7 @@ MAX_RANK = 8
 NETWORK_ONLY = frozenset({ir.DataType.UINT8})
 """Types of network inputs and outputs alone."""
 
-QUANTIZED = frozenset({ir.DataType.INT8})
+QUANTIZED = frozenset({ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN})
 """Types that only QuantizeLinear makes and only DequantizeLinear reads."""
 
 DTYPES = frozenset(

@@ -126,7 +126,13 @@ def _constant(view: _View) -> str | None:
     return f"{names.pop()} is not there" if names else None
 
 
-def _quantize(view: _View) -> str | None:
+FP8_SINCE = (10, 7)
+"""Scales per channel of FP8 products: Hopper since 10.6, Ada since 10.7 (release notes)."""
+
+_QUANTIZED = frozenset({ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN})
+
+
+def _quantize(view: _View) -> str | Restriction | None:
     node = view.node
     if view.computed(1) or view.computed(2):
         return "scale and zero point must be constants"
@@ -134,15 +140,18 @@ def _quantize(view: _View) -> str | None:
     if scale is not None and not (scale > 0).all():
         return "every scale must be positive"
     zero_point = view.constant(2)
-    if zero_point is not None and zero_point.any():
-        return f"the zero point must be 0, not {zero_point.ravel()[0]}"
+    if zero_point is not None and zero_point.astype(np.float32).any():
+        return f"the zero point must be 0, not {float(zero_point.ravel()[0]):g}"
     quantized = node.outputs[0] if node.op_type == "QuantizeLinear" else node.inputs[0]
     assert quantized is not None
     dtype = quantized.dtype
-    if dtype is not None and dtype != ir.DataType.INT8:
-        return f"quantizes to INT8, not {dtype.name}"
-    if node.op_type == "QuantizeLinear" and zero_point is None and view.integer("output_dtype") != ir.DataType.INT8:
+    if dtype is not None and dtype not in _QUANTIZED:
+        return f"quantizes to INT8 or FLOAT8E4M3FN, not {dtype.name}"
+    stated = view.integer("output_dtype") in [int(d) for d in _QUANTIZED]
+    if node.op_type == "QuantizeLinear" and zero_point is None and not stated:
         return "without a zero point ONNX means UINT8: give an INT8 zero point of 0"
+    if dtype is ir.DataType.FLOAT8E4M3FN and view.version < FP8_SINCE:
+        return Restriction("FP8 with a scale for each channel", FP8_SINCE)
     return None
 
 

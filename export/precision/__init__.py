@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from attn_deploy.export.precision.plan import PrecisionPlan, Scheme, plan_int8
+from attn_deploy.export.precision.plan import plan_int8
 
-__all__ = ["PrecisionPlan", "Scheme", "plan_int8"]
+__all__ = ["plan_int8"]

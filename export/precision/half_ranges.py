@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from attn_deploy.errors import AttnDeployError
-from attn_deploy.export.precision.calibration import OpenModel, observed_copy
+from attn_deploy.errors import UsageError
+from attn_deploy.export.precision.calibration import OpenModel
 from attn_deploy.export.precision.half_masks import MASKED_BELOW
 from attn_deploy.export.precision.half_types import is_float, prepare
+from attn_deploy.export.precision.observation import Wanted, observing, read
 from attn_deploy.session import Array
 
 LARGER = 100.0
@@ -39,28 +40,31 @@ def collect_magnitudes(
 
     The first batch also runs with its float inputs `larger` times as large, and what comes out counts as the share
     1 / `larger`: a value that grows with the square of the input, as scores without a norm before them, needs more
-    room than its size on the data says. 1 leaves that out. A batch returns one number per activation. Raises
-    AttnDeployError without any batch.
+    room than its size on the data says. 1 leaves that out. A batch returns two numbers per sample and activation.
+    Raises UsageError without any batch.
     """
-    names = list(float_activations(model) if names is None else names)
-    run = open_model(_with_magnitudes(model, names))
-    largest = dict.fromkeys(names, 0.0)
+    wanted = [Wanted(name) for name in (float_activations(model) if names is None else names)]
+    run = open_model(observing(model, wanted))
+    largest = {each.name: 0.0 for each in wanted}
     batch_count = 0
     for feeds in batches:
-        outputs = run(feeds)
-        for name in names:
-            magnitude = float(outputs[f"{name}/magnitude"])
+        for name, magnitude in _magnitudes(wanted, run(feeds)):
             largest[name] = max(largest[name], magnitude) if math.isfinite(magnitude) else math.inf
         if not batch_count and larger != 1 and (stressed := _enlarged(feeds, larger)) is not None:
-            outputs = run(stressed)
-            for name in names:
-                magnitude = float(outputs[f"{name}/magnitude"]) / larger
+            for name, magnitude in _magnitudes(wanted, run(stressed)):
                 if math.isfinite(magnitude):  # else FP32 has no room for such inputs either
-                    largest[name] = max(largest[name], magnitude)
+                    largest[name] = max(largest[name], magnitude / larger)
         batch_count += 1
     if not batch_count:
-        raise AttnDeployError("calibration saw no sample", got=0, expected="at least 1")
+        raise UsageError("calibration saw no sample", got=0, expected="at least 1")
     return largest
+
+
+def _magnitudes(wanted: Sequence[Wanted], outputs: Mapping[str, Array]) -> Iterator[tuple[str, float]]:
+    """max |x| by value name, infinite or NaN where a value is not finite."""
+    for each in wanted:
+        seen = read(each, outputs)
+        yield each.name, max(float(np.abs(seen.minimum).max()), float(np.abs(seen.maximum).max()))
 
 
 def _enlarged(feeds: Mapping[str, Array], factor: float) -> dict[str, Array] | None:
@@ -71,24 +75,3 @@ def _enlarged(feeds: Mapping[str, Array], factor: float) -> dict[str, Array] | N
         if value.dtype == np.float32 and value.size and float(np.abs(value).max()) < -MASKED_BELOW
     }
     return {**feeds, **scaled} if scaled else None
-
-
-def _with_magnitudes(model: ir.Model, names: Collection[str]) -> ir.Model:
-    """A copy whose outputs are the magnitudes, each a scalar; NaN where a value is not finite.
-
-    ONNX Runtime's ReduceMax passes over NaN, the sum of the values times zero does not.
-    """
-    copy, values = observed_copy(model)
-    zero = ir.Value(name="calibration/zero", const_value=ir.tensor(np.float32(0.0), name="calibration/zero"))
-    copy.graph.register_initializer(zero)
-    for name in names:
-        absolute = ir.node("Abs", [values[name]], name=f"{name}/Abs")
-        nothing = ir.node("Mul", [absolute.outputs[0], zero], name=f"{name}/nothing")
-        largest = ir.node("ReduceMax", [absolute.outputs[0]], {"keepdims": 0}, name=f"{name}/ReduceMax")
-        total = ir.node("ReduceSum", [nothing.outputs[0]], {"keepdims": 0}, name=f"{name}/ReduceSum")
-        magnitude = ir.node("Add", [largest.outputs[0], total.outputs[0]], name=f"{name}/Add")
-        copy.graph.extend([absolute, nothing, largest, total, magnitude])
-        output = magnitude.outputs[0]
-        output.name, output.shape, output.type = f"{name}/magnitude", ir.Shape([]), ir.TensorType(ir.DataType.FLOAT)
-        copy.graph.outputs.append(output)
-    return copy

@@ -47,6 +47,23 @@ class Inserter:
         return value
 
 
+def set_constant(model: ir.Model, node: ir.Node, index: int, array: Array) -> None:
+    """Gives the node a constant of its own as input `index`, in place of the one it had, if any; that one goes where
+    nothing else uses it. Weights that several nodes share are thus left to the others."""
+    old = node.inputs[index] if index < len(node.inputs) else None
+    name, number = f"{node.name}/constant_{index}", 1
+    while name in model.graph.initializers:
+        name, number = f"{node.name}/constant_{index}_{number}", number + 1
+    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+    model.graph.register_initializer(value)
+    if index >= len(node.inputs):
+        node.resize_inputs(index + 1)
+    node.replace_input_with(index, value)
+    if old is not None and not old.uses() and not old.is_graph_output():
+        model.graph.initializers.pop(str(old.name), None)
+
+
 def replace_node(model: ir.Model, node: ir.Node, value: ir.Value) -> None:
     """`value` takes over the node's output, its name and its place among the model's outputs; the node goes."""
     old = node.outputs[0]

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from attn_deploy.export.precision.calibration import Range
 from attn_deploy.export.precision.insert import Inserter
-from attn_deploy.export.precision.int8_linear import quantize_weight
+from attn_deploy.export.precision.quantize_weight import quantize_weight
+from attn_deploy.export.precision.ranges import Range
 
 LARGEST_BIAS = 2**30
 """Half of int32's range: the products are added to it."""

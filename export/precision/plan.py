@@ -1,22 +1,16 @@
-"""A precision plan: for each weighted operator what it is computed in, by which scheme, and why."""
+"""Which layers of a model can be INT8, and the plan that puts all of them into it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 
 import onnx_ir as ir
 
 from attn_deploy.errors import UsageError
+from attn_deploy.precision_plan import LayerPlan, PrecisionPlan, Scheme
 from attn_deploy.target import nearest
-
-
-class Scheme(StrEnum):
-    FLOAT = "float32"
-    DYNAMIC_PER_TOKEN = "int8, weights per output channel, activations per token at run time"
-    STATIC_PER_TENSOR = "int8, weights per output channel, activations by calibrated ranges"
 
 
 class Exempt(StrEnum):
@@ -28,29 +22,8 @@ class Exempt(StrEnum):
     GATE = "inside a gate: few multiply-adds that decide over whole channels"
     EXCLUDED = "excluded by the user"
     LOSS = "its INT8 form loses too much on the calibration data"
+    NO_FP8 = "a convolution that TensorRT has no FP8 kernel for: groups, channels, or the size of its kernel"
     FORM = "its weight is not a constant matrix or its attributes have no INT8 kernel"
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """`layer` is the ONNX node's name, which starts with the module path."""
-
-    layer: str
-    scheme: Scheme
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class PrecisionPlan:
-    layers: tuple[LayerPlan, ...]
-
-    def scheme(self, layer: str) -> Scheme:
-        return next((p.scheme for p in self.layers if p.layer == layer), Scheme.FLOAT)
-
-    @property
-    def exempt(self) -> tuple[str, ...]:
-        """Names of the weighted layers left in floating point, with the reason."""
-        return tuple(f"{p.layer}: {p.reason}" for p in self.layers if p.scheme is Scheme.FLOAT)
 
 
 def weighted_nodes(model: ir.Model) -> list[ir.Node]:
@@ -86,7 +59,7 @@ def plan_int8(model: ir.Model, exclude: Sequence[str] = ()) -> PrecisionPlan:
             Exempt.EXCLUDED
             if any(_below(name, path) for path in exclude)
             else Exempt.FORM
-            if not _has_kernel(node)
+            if not has_kernel(node)
             else Exempt.HEAD
             if _feeds_output(node, outputs)
             else Exempt.GATE
@@ -102,7 +75,7 @@ def plan_int8(model: ir.Model, exclude: Sequence[str] = ()) -> PrecisionPlan:
 def _scheme(node: ir.Node, reason: Exempt | None) -> Scheme:
     if reason is not None:
         return Scheme.FLOAT
-    return Scheme.STATIC_PER_TENSOR if node.op_type == "Conv" else Scheme.DYNAMIC_PER_TOKEN
+    return Scheme.STATIC if node.op_type == "Conv" else Scheme.PER_TOKEN
 
 
 def _exempt_cheap(model: ir.Model, nodes: Sequence[ir.Node], reasons: dict[str, Exempt | None]) -> None:
@@ -137,7 +110,7 @@ def _below(name: str, path: str) -> bool:
     return name == path or name.startswith(path + ".")
 
 
-def _has_kernel(node: ir.Node) -> bool:
+def has_kernel(node: ir.Node) -> bool:
     weight = weight_of(node)
     assert weight is not None
     assert weight.const_value is not None

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from attn_deploy.export.precision.calibration import OpenModel, observed_copy
-from attn_deploy.export.precision.int8_linear import quantize_weight
+from attn_deploy.export.precision.append import observed_copy
+from attn_deploy.export.precision.calibration import OpenModel
 from attn_deploy.export.precision.plan import weight_of
-from attn_deploy.export.precision.symmetric_ranges import Histogram, RangeMethod, activation_scale
+from attn_deploy.export.precision.ranges import RangeMethod
+from attn_deploy.export.precision.statistics import ValueStatistics
+from attn_deploy.export.precision.symmetric_format import INT8, SymmetricFormat
 from attn_deploy.session import Array
 
 TRIAL_BATCHES = 8
@@ -29,7 +31,7 @@ TRIAL_BATCHES = 8
 
 @dataclass(frozen=True)
 class LayerLoss:
-    """A layer alone in INT8, reading `value`: relative noise (its power by the signal's) by kind of range."""
+    """A layer alone in 8 bits, reading `value`: relative noise (its power by the signal's) by kind of range."""
 
     layer: str
     value: str
@@ -51,26 +53,28 @@ def output_axis(node: ir.Node) -> int:
 def measure_layers(
     model: ir.Model,
     layers: Sequence[ir.Node],
-    histograms: Mapping[str, Histogram],
+    statistics: Mapping[str, ValueStatistics],
     batches: Callable[[], Iterable[Mapping[str, Array]]],
     open_model: OpenModel,
+    form: SymmetricFormat = INT8,
 ) -> list[LayerLoss]:
-    """The loss of each of `layers` (nodes of `model`) with each kind of range for what it reads."""
+    """The loss of each of `layers` (nodes of `model`) with each kind of range of the format for what it reads."""
     if not layers:
         return []
-    trial = _Trial(model, histograms)
+    methods = form.methods
+    trial = _Trial(model, statistics, form)
     for node in layers:
         trial.add(node)
     run = open_model(trial.copy)
-    totals = np.zeros((len(layers), len(RangeMethod)))
+    totals = np.zeros((len(layers), len(methods)))
     count = 0
     for feeds in itertools.islice(batches(), TRIAL_BATCHES):
         sums = run(feeds)
         count += 1
-        totals += [[float(sums[f"trial/{n}/{m.name}"]) for m in RangeMethod] for n in range(len(layers))]
+        totals += [[float(sums[f"trial/{n}/{m.name}"]) for m in methods] for n in range(len(layers))]
     means = np.sqrt(totals / max(count, 1))
     return [
-        LayerLoss(str(node.name), str(node.inputs[0].name), dict(zip(RangeMethod, map(float, row), strict=True)))  # type: ignore[union-attr]
+        LayerLoss(str(node.name), str(node.inputs[0].name), dict(zip(methods, map(float, row), strict=True)))  # type: ignore[union-attr]
         for node, row in zip(layers, means, strict=True)
     ]
 
@@ -79,19 +83,19 @@ def choose(losses: Sequence[LayerLoss]) -> dict[str, RangeMethod]:
     """By value name: the kind of range with which its readers lose least together."""
     totals: dict[str, dict[RangeMethod, float]] = {}
     for loss in losses:
-        total = totals.setdefault(loss.value, dict.fromkeys(RangeMethod, 0.0))
+        total = totals.setdefault(loss.value, dict.fromkeys(loss.noise, 0.0))
         for method, noise in loss.noise.items():
             total[method] += noise
-    return {value: min(RangeMethod, key=total.__getitem__) for value, total in totals.items()}
+    return {value: min(total, key=total.__getitem__) for value, total in totals.items()}
 
 
 class _Trial:
-    """A copy of the model with each layer's INT8 forms beside it."""
+    """A copy of the model with each layer's 8-bit forms beside it."""
 
-    def __init__(self, model: ir.Model, histograms: Mapping[str, Histogram]) -> None:
+    def __init__(self, model: ir.Model, statistics: Mapping[str, ValueStatistics], form: SymmetricFormat) -> None:
         self.copy, self._values = observed_copy(model)
         self._nodes = {str(n.name): n for n in self.copy.graph}
-        self._histograms = histograms
+        self._statistics, self._form = statistics, form
         self._layers = 0
 
     def add(self, layer: ir.Node) -> None:
@@ -101,16 +105,16 @@ class _Trial:
         assert weight.const_value is not None
         axis = output_axis(node)
         array = weight.const_value.numpy()
-        quantized, scale = quantize_weight(array, axis)
+        quantized, scale = self._form.quantize_weight(array, axis)
         rest = tuple(a for a in range(array.ndim) if a != axis)
-        rounded = self._constant("weight", (quantized * np.expand_dims(scale, rest)).astype(np.float32))
+        rounded = self._constant("weight", quantized.astype(np.float32) * np.expand_dims(scale, rest))
         axes = [1, 2, 3] if node.op_type == "Conv" else [-1]
-        for method in RangeMethod:
+        for method in self._form.methods:
             value = node.inputs[0]
             assert value is not None
-            limit = self._histograms[str(value.name)].limit(method)
-            steps = [self._constant(f"{method.name}/scale", activation_scale(limit)),
-                     self._constant(f"{method.name}/zero", np.array(0, np.int8))]  # fmt: skip
+            limit = self._statistics[str(value.name)].limit(method)
+            steps = [self._constant(f"{method.name}/scale", self._form.activation_scale(limit)),
+                     self._constant(f"{method.name}/zero", self._form.zero_point())]  # fmt: skip
             given = self._op("DequantizeLinear", [self._op("QuantizeLinear", [value, *steps]), *steps])
             inputs = [given, rounded, *node.inputs[2:]]
             result = self._op(node.op_type, inputs, attributes=list(node.attributes.values()))

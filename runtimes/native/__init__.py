@@ -24,8 +24,9 @@ __all__ = [
 ]  # fmt: skip
 
 ISA_VARIABLE = "ATTN_DEPLOY_NATIVE_ISA"
-"""Forces an instruction set: avx512, avx2, neon, or none. One that this CPU lacks is an error. Read by the library, and
-once in a process."""
+"""Forces an instruction set: avx512_vnni, avx512, avx_vnni, avx2, neon_dotprod, neon, or none. Those without VNNI or
+dotprod do without it, whatever this CPU has; one that it lacks is an error. Read by the library, and once in a
+process."""
 
 _DISTRIBUTION = "attn-deploy"
 _PACKAGE_FOLDER = Path("attn_deploy", "runtimes", "native")
@@ -67,7 +68,7 @@ def library_operators(path: Path) -> tuple[str, ...]:
 
 
 def library_instruction_set(path: Path) -> str:
-    """What kernels run with on this CPU: avx512, avx2, neon or none; raises UnavailableError when it does not load."""
+    """What kernels run with on this CPU, as ISA_VARIABLE names it; raises UnavailableError when it does not load."""
     return library_text(path, "attn_deploy_native_instruction_set")
 
 

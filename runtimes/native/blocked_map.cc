@@ -12,7 +12,7 @@ OrtStatus* BlockedKernel::ReadAttributes(const OrtKernelInfo* info) {
   ATTN_DEPLOY_RETURN_IF_ERROR(GetInt(Api(), info, "block", &block_));
   ATTN_DEPLOY_RETURN_IF_ERROR(GetInt(Api(), info, "channels", &channels_));
   if (block_ != 8 && block_ != 16) return Fail("block is " + std::to_string(block_) + "; expected 8 or 16");
-  if (ActiveIsa() == Isa::kAvx512 && block_ == 8) return Fail("block is 8; expected 16 on this CPU");
+  if (IsaFamily(ActiveIsa()) == Isa::kAvx512 && block_ == 8) return Fail("block is 8; expected 16 on this CPU");
   if (channels_ < 1) return Fail("channels is " + std::to_string(channels_) + "; expected at least 1");
   return nullptr;
 }

@@ -9,23 +9,26 @@ using namespace ort;
 
 namespace {
 
-// A constant float32 input of this shape; a dim of -1 is any of 1 or more.
+const char* TypeName(ElementType type) { return type == ElementType::kUint8 ? "uint8 (2)" : "float32 (1)"; }
+
+}  // namespace
+
 OrtStatus* ReadConstant(const Kernel& kernel, const OrtKernelInfo* info, size_t index, const Shape& expected,
                         InputTensor* input) {
   const std::string name = kernel.op.inputs[index].name;
+  const ElementType type = kernel.op.inputs[index].type;
   ATTN_DEPLOY_RETURN_IF_ERROR(GetConstant(kernel.Api(), info, index, input));
   if (!input->present) return kernel.Fail(name + " is not a constant; expected an initializer of the model");
   const Shape& shape = input->shape;
-  bool fits = input->type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT && shape.rank == expected.rank;
+  bool fits = input->type == OnnxType(type) && shape.rank == expected.rank;
   for (int64_t d = 0; fits && d < shape.rank; ++d) {
     fits = shape.dims[d] >= 1 && (expected.dims[d] < 0 || shape.dims[d] == expected.dims[d]);
   }
   if (fits) return nullptr;
   return kernel.Fail(name + " has ONNX element type " + std::to_string(input->type) + " and shape " + ToString(shape) +
-                     "; expected float32 (1) of shape " + ToString(expected) + ", where -1 is any number above 0");
+                     "; expected " + TypeName(type) + " of shape " + ToString(expected) +
+                     ", where -1 is any number above 0");
 }
-
-}  // namespace
 
 OrtStatus* LinearWeights::Read(const Kernel& kernel, const OrtKernelInfo* info, const LinearInputs& inputs) {
   InputTensor weight, bias, norm_scale, norm_bias;

@@ -30,6 +30,11 @@ class LinearWeights {
   PackedWeights packed_;
 };
 
+// Constant `index` of the node, of the element type that its operator declares and of this shape, where a dim of -1 is
+// any of 1 or more: else an error with the node's name. Valid while the kernel is made.
+ort::OrtStatus* ReadConstant(const Kernel& kernel, const ort::OrtKernelInfo* info, size_t index, const Shape& expected,
+                             InputTensor* input);
+
 // x [..., in] as rows of `in` numbers: how many, and an error with the node's name where x is of another shape.
 ort::OrtStatus* CountRows(const Kernel& kernel, const Shape& x, int64_t in, int64_t* rows);
 

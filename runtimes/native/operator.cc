@@ -6,10 +6,6 @@ namespace attn_deploy::native {
 
 using namespace ort;
 
-namespace {
-
-const CpuOp& AsCpuOp(const OrtCustomOp* op) { return *static_cast<const CpuOp*>(op); }
-
 ONNXTensorElementDataType OnnxType(ElementType type) {
   switch (type) {
     case ElementType::kInt64:
@@ -27,6 +23,10 @@ ONNXTensorElementDataType OnnxType(ElementType type) {
   }
   return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 }
+
+namespace {
+
+const CpuOp& AsCpuOp(const OrtCustomOp* op) { return *static_cast<const CpuOp*>(op); }
 
 OrtStatus* CreateKernelOfNode(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info, void** result) {
   return CatchAll(*api, [&]() -> OrtStatus* {
@@ -54,12 +54,12 @@ OrtStatus* ReadShape(const OrtApi& api, OrtShapeInferContext* context, size_t in
   return api.GetSymbolicDimensions(info, names, rank);
 }
 
-OrtStatus* SetOutput(const OrtApi& api, OrtShapeInferContext* context, size_t index, const Shape& output,
-                     const char* (&names)[kMaxRank]) {
+OrtStatus* SetOutput(const OrtApi& api, OrtShapeInferContext* context, size_t index, ElementType type,
+                     const Shape& output, const char* (&names)[kMaxRank]) {
   OrtTensorTypeAndShapeInfo* info = nullptr;
   ATTN_DEPLOY_RETURN_IF_ERROR(api.CreateTensorTypeAndShapeInfo(&info));
   const auto rank = static_cast<size_t>(output.rank);
-  OrtStatus* status = api.SetTensorElementType(info, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+  OrtStatus* status = api.SetTensorElementType(info, OnnxType(type));
   if (status == nullptr) status = api.SetDimensions(info, output.dims, rank);
   if (status == nullptr) status = api.SetSymbolicDimensions(info, names, rank);
   if (status == nullptr) status = api.ShapeInferContext_SetOutputTypeShape(context, index, info);
@@ -80,7 +80,7 @@ OrtStatus* InferOutputShape(const CpuOp& op, OrtShapeInferContext* context, cons
     // ONNX Runtime would write a dim with neither value nor name into the graph as the number -1.
     if (output.dims[d] < 0 && (names[d] == nullptr || names[d][0] == '\0')) return nullptr;
   }
-  return SetOutput(op.api, context, index, output, names);
+  return SetOutput(op.api, context, index, op.output_type, output, names);
 }
 
 OrtStatus* InferOutputShapes(const CpuOp& op, OrtShapeInferContext* context) {
@@ -112,6 +112,7 @@ CpuOp::CpuOp(const OrtApi& api_, std::string name_, std::vector<Operand> inputs_
   GetName = [](const OrtCustomOp* o) { return AsCpuOp(o).name.c_str(); };
   GetInputType = [](const OrtCustomOp* o, size_t i) { return OnnxType(AsCpuOp(o).inputs[i].type); };
   GetInputTypeCount = [](const OrtCustomOp* o) { return AsCpuOp(o).inputs.size(); };
+  GetOutputType = [](const OrtCustomOp* o, size_t) { return OnnxType(AsCpuOp(o).output_type); };
   GetOutputTypeCount = [](const OrtCustomOp* o) { return 1 + AsCpuOp(o).infer_more.size(); };
   CreateKernelV2 = CreateKernelOfNode;
   KernelComputeV2 = [](void* k, OrtKernelContext* context) {

@@ -16,6 +16,8 @@ namespace attn_deploy::native {
 
 enum class ElementType { kFloat, kInt64, kBool, kInt8, kUint8, kInt32 };
 
+ort::ONNXTensorElementDataType OnnxType(ElementType type);
+
 struct Operand {
   const char* name;
   ElementType type = ElementType::kFloat;
@@ -66,9 +68,20 @@ struct CpuOp : ort::OrtCustomOp {
   const InferShape infer;  // may be null, those of further outputs not
   const std::vector<InferShape> infer_more;
   const void* const form;
+  ElementType output_type = ElementType::kFloat;  // of every output
 };
 
 using Operators = std::vector<std::unique_ptr<CpuOp>>;
+
+// A CpuOp::MakeKernel for a kernel whose Init(info) reads and checks what is constant.
+template <typename OneKernel>
+ort::OrtStatus* MakeInitialized(const CpuOp& op, const ort::OrtKernelInfo* info, std::string node_name,
+                                std::unique_ptr<Kernel>* kernel) {
+  auto made = std::make_unique<OneKernel>(op, std::move(node_name));
+  ATTN_DEPLOY_RETURN_IF_ERROR(made->Init(info));
+  *kernel = std::move(made);
+  return nullptr;
+}
 
 // Shape of input 0.
 bool LikeFirstInput(const std::vector<Shape>& inputs, Shape* output, int (&from)[kMaxRank]);

@@ -14,7 +14,12 @@ void AppendChannelPool(const ort::OrtApi& api, Operators* operators);
 void AppendExcite(const ort::OrtApi& api, Operators* operators);
 void AppendSpatialPool(const ort::OrtApi& api, Operators* operators);
 void AppendFeedForward(const ort::OrtApi& api, Operators* operators);
+void AppendQuantizedAttentionBlock(const ort::OrtApi& api, Operators* operators);
+void AppendQuantizedFeedForward(const ort::OrtApi& api, Operators* operators);
 void AppendLinear(const ort::OrtApi& api, Operators* operators);
+void AppendQuantizedLinear(const ort::OrtApi& api, Operators* operators);
+void AppendQuantizedConv(const ort::OrtApi& api, Operators* operators);
+void AppendQuantizedGate(const ort::OrtApi& api, Operators* operators);
 void AppendGate(const ort::OrtApi& api, Operators* operators);
 
 }  // namespace attn_deploy::native

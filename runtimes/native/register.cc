@@ -21,6 +21,11 @@ Operators MakeOperators(const OrtApi& api) {
   AppendPackedAttention(api, &operators);
   AppendFeedForward(api, &operators);
   AppendLinear(api, &operators);
+  AppendQuantizedAttentionBlock(api, &operators);
+  AppendQuantizedFeedForward(api, &operators);
+  AppendQuantizedLinear(api, &operators);
+  AppendQuantizedConv(api, &operators);
+  AppendQuantizedGate(api, &operators);
   AppendGate(api, &operators);
   AppendChannelPool(api, &operators);
   AppendSpatialPool(api, &operators);
@@ -61,7 +66,7 @@ ATTN_DEPLOY_EXPORT OrtStatus* ATTN_DEPLOY_ORT_CALL RegisterCustomOps(OrtSessionO
 // The version of the package this library was built from, such as "0.1.0".
 ATTN_DEPLOY_EXPORT const char* attn_deploy_native_version() noexcept { return ATTN_DEPLOY_VERSION; }
 
-// The instruction set that kernels run with here: "avx512", "avx2", "neon" or "none".
+// The instruction set that kernels run with here, as IsaName() has it.
 ATTN_DEPLOY_EXPORT const char* attn_deploy_native_instruction_set() noexcept { return IsaName(ActiveIsa()); }
 
 // Why there is no kernel though one was asked for by ATTN_DEPLOY_NATIVE_ISA; "" when all is well.

@@ -1,35 +1,36 @@
-"""INT8 for GPUs: signed symmetric pairs, their ranges, where they stand, and their numbers on the CPU."""
+"""INT8 and FP8 for GPUs: signed symmetric pairs, their ranges, where they stand, and their numbers on the CPU."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
+from msgspec.structs import replace
 
 from attn_deploy.errors import AttnDeployError
 from attn_deploy.export.functions import inline_functions
+from attn_deploy.export.precision.attention_products import attention_products
 from attn_deploy.export.precision.emulate import emulate
 from attn_deploy.export.precision.half import to_half
+from attn_deploy.export.precision.histogram import histogram_of
 from attn_deploy.export.precision.int8_symmetric import (
     LAYER_MIN_SQNR_DB,
-    attention_products,
+    has_fp8_kernel,
+    in_format,
     int8_symmetric,
     plan_symmetric,
 )
-from attn_deploy.export.precision.plan import Exempt, PrecisionPlan, Scheme, plan_int8
+from attn_deploy.export.precision.plan import Exempt, plan_int8
+from attn_deploy.export.precision.ranges import RangeMethod
+from attn_deploy.export.precision.statistics import Statistics, ValueStatistics, Wanted, collect_statistics
 from attn_deploy.export.precision.symmetric_choice import choose, measure_layers
-from attn_deploy.export.precision.symmetric_ranges import (
-    BINS,
-    Histogram,
-    RangeMethod,
-    collect_histograms,
-    collect_largest,
-)
+from attn_deploy.export.precision.symmetric_format import FP8, INT8, SymmetricFormat
 from attn_deploy.parity import sqnr_db
+from attn_deploy.precision_plan import LayerPlan, PrecisionPlan, Scheme
 
 sys.path.insert(0, str(Path(__file__).parent))  # for half_models
 
@@ -56,9 +57,9 @@ def batches() -> list[dict[str, Array]]:
     return [{"x": normal(4, 5, 16, seed=s)} for s in (30, 31, 32)]
 
 
-def quantized(**options: object) -> tuple[ir.Model, PrecisionPlan]:
+def quantized(form: SymmetricFormat = INT8, **options: object) -> tuple[ir.Model, PrecisionPlan]:
     model = network(NET, **WEIGHTS)
-    plan = int8_symmetric(model, plan_symmetric(model), batches, open_model, **options)  # type: ignore[arg-type]
+    plan = int8_symmetric(model, plan_symmetric(model, form=form), batches, open_model, **options)  # type: ignore[arg-type]
     require_well_formed(model)
     return model, plan
 
@@ -135,7 +136,7 @@ def test_each_output_channel_has_its_own_scale(case: str) -> None:
     x = normal(*shape, seed=3)
     expected = run(model, x=x)
     plan = everything(model)
-    int8_symmetric(model, plan, lambda: [{"x": x}], open_model, method=RangeMethod.MAX)
+    int8_symmetric(model, plan, lambda: [{"x": x}], open_model, method=RangeMethod.MIN_MAX)
     dequantize = next(n for n in of_type(model, "DequantizeLinear") if n.inputs[0].is_initializer())  # type: ignore[union-attr]
     assert dequantize.attributes["axis"].as_int() == axis
     got = run(model, x=x)
@@ -147,14 +148,14 @@ def test_each_output_channel_has_its_own_scale(case: str) -> None:
 def everything(model: ir.Model) -> PrecisionPlan:
     """Every layer, the exempt ones too."""
     layers = plan_int8(model).layers
-    return PrecisionPlan(tuple(replace(p, scheme=Scheme.STATIC_PER_TENSOR, reason="") for p in layers))
+    return PrecisionPlan(tuple(replace(p, scheme=Scheme.STATIC, reason="") for p in layers))
 
 
 def test_the_plan_has_the_exemptions_of_int8_on_the_cpu() -> None:
     model = network(NET, **WEIGHTS)
     plan, on_cpu = plan_symmetric(model, ["fc3"]), plan_int8(model, ["fc3"])
     assert plan.exempt == on_cpu.exempt
-    assert {p.scheme for p in plan.layers} == {Scheme.FLOAT, Scheme.STATIC_PER_TENSOR}
+    assert {p.scheme for p in plan.layers} == {Scheme.FLOAT, Scheme.STATIC}
 
 
 # -- attention -------------------------------------------------------------------------------------------------------
@@ -228,60 +229,7 @@ def test_with_half_the_scales_and_the_float_rest_are_half() -> None:
     assert sqnr_db(in_float, got) > 30
 
 
-# -- ranges ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_histogram_is_that_of_numpy_over_all_batches() -> None:
-    model = network(NET, **WEIGHTS)
-    largest = collect_largest(model, ["x", "g"], batches(), open_model)
-    found = collect_histograms(model, largest, batches(), open_model)
-    x = np.abs(np.concatenate([b["x"] for b in batches()])).ravel()
-    counts, _ = np.histogram(x, BINS, (0, x.max()))
-    assert found["x"].largest == x.max()
-    assert found["x"].counts.sum() == x.size
-    assert np.abs(np.cumsum(found["x"].counts) - np.cumsum(counts)).max() <= 2  # rounding at the edges of bins
-    zeros = sum((open_model(_showing(model, "g"))(b)["g"] == 0).sum() for b in batches())
-    assert found["g"].counts[0] >= zeros > 100
-
-
-def _showing(model: ir.Model, name: str) -> ir.Model:
-    copy = model.clone()
-    value = next(o for n in copy.graph for o in n.outputs if o.name == name)
-    value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None, None, None])
-    copy.graph.outputs.append(value)
-    return copy
-
-
-def histogram(values: Array) -> Histogram:
-    largest = float(np.abs(values).max())
-    return Histogram(np.histogram(np.abs(values), BINS, (0, largest))[0], largest)
-
-
-def error(values: Array, limit: float) -> float:
-    scale = limit / 127
-    return float(np.mean((values - scale * np.clip(np.rint(values / scale), -127, 127)) ** 2))
-
-
-@pytest.mark.parametrize("kind", ["normal", "heavy tails", "uniform", "an outlier"])
-def test_the_least_squared_error_is_less_than_at_any_other_limit(kind: str) -> None:
-    rng = np.random.default_rng(0)
-    values = {
-        "normal": rng.standard_normal(20000),
-        "heavy tails": rng.standard_t(3, 20000),
-        "uniform": rng.uniform(-1, 1, 20000),
-        "an outlier": np.append(rng.standard_normal(20000), 12.0),
-    }[kind].astype(np.float32)
-    found = histogram(values)
-    limit = found.limit(RangeMethod.MSE)
-    others = [error(values, share * found.largest) for share in np.linspace(0.125, 1, 30)]
-    assert error(values, limit) <= 1.03 * min(others)
-    assert (limit > 0.98 * found.largest) == (kind == "uniform")
-    assert found.limit(RangeMethod.MAX) == found.largest
-
-
-def test_a_percentile_leaves_out_the_rarest_values() -> None:
-    values = np.append(np.linspace(0, 1, 99_999), 4.0)
-    assert histogram(values).limit(RangeMethod.PERCENTILE) == pytest.approx(1.0, abs=4 / BINS)
+# -- calibration -----------------------------------------------------------------------------------------------------
 
 
 def test_an_activation_that_is_always_zero_has_a_scale() -> None:
@@ -311,21 +259,26 @@ def test_calibration_without_a_sample_is_an_error() -> None:
 # -- choice ----------------------------------------------------------------------------------------------------------
 
 
+def statistics_of(values: Array) -> ValueStatistics:
+    return ValueStatistics(float(values.min()), float(values.max()), histogram_of(values))
+
+
 def test_the_loss_of_a_layer_is_the_relative_noise_of_its_tokens() -> None:
     model = network(NET, **WEIGHTS)
     x = np.concatenate([b["x"] for b in batches()])
-    found = {"x": histogram(x)}
+    found = {"x": statistics_of(x)}
     fc1 = next(n for n in model.graph if n.name == "fc1/MatMul")
     (loss,) = measure_layers(model, [fc1], found, lambda: [{"x": x}], open_model)
     scale = np.abs(WEIGHTS["w1"]).max(axis=0) / 127
     w = np.rint(WEIGHTS["w1"] / scale) * scale
-    for method in RangeMethod:
+    assert set(loss.noise) == set(INT8.methods)
+    for method in loss.noise:
         step = found["x"].limit(method) / 127
         given = np.clip(np.rint(x / step), -128, 127) * step
         exact = x @ WEIGHTS["w1"]
         ratio = ((exact - given @ w) ** 2).sum(-1) / (exact**2).sum(-1)
         assert loss.noise[method] == pytest.approx(float(np.sqrt((ratio**2).mean())), rel=0.02)
-    assert choose([loss]) == {"x": min(RangeMethod, key=lambda m: loss.noise[m])}
+    assert choose([loss]) == {"x": min(loss.noise, key=lambda m: loss.noise[m])}
 
 
 def outlier_batches() -> list[dict[str, Array]]:
@@ -343,7 +296,7 @@ def test_a_layer_that_loses_too_much_stays_float_where_the_promised_share_allows
     assert float(reasons["small/MatMul"].split("(")[1].split(" dB")[0]) < LAYER_MIN_SQNR_DB
     assert next(n for n in model.graph if n.name == "small/MatMul").inputs[0].name == "x"  # type: ignore[union-attr]
     large = next(p for p in plan.layers if p.layer == "large/MatMul")
-    assert large.scheme is Scheme.STATIC_PER_TENSOR
+    assert large.scheme is Scheme.STATIC
 
 
 SENSITIVE = """net (float[batch, 5, 16] x) => (float[batch, 5, 4] y)
@@ -366,4 +319,118 @@ SENSITIVE_WEIGHTS = {
 def test_where_the_share_allows_nothing_the_layer_is_int8_all_the_same() -> None:
     model = network(NET, **WEIGHTS)
     plan = int8_symmetric(model, plan_symmetric(model), outlier_batches, open_model)
-    assert plan.scheme("fc1/MatMul") is Scheme.STATIC_PER_TENSOR
+    assert plan.scheme("fc1/MatMul") is Scheme.STATIC
+
+
+# -- FP8 -------------------------------------------------------------------------------------------------------------
+
+
+def test_fp8_stands_between_pairs_of_e4m3() -> None:
+    model, plan = quantized(FP8)
+    assert plan.of(Scheme.FP8) == ("fc1/MatMul", "fc2/MatMul", "fc3/MatMul")
+    for node in of_type(model, "QuantizeLinear") + of_type(model, "DequantizeLinear"):
+        zero = constant(node.inputs[2])
+        assert zero.dtype == ml_dtypes.float8_e4m3fn
+        assert not zero.astype(np.float32).any()
+    weight = next(n for n in model.graph if n.name == "fc1/MatMul").inputs[1].producer()  # type: ignore[union-attr]
+    assert weight is not None
+    values, scale = constant(weight.inputs[0]), constant(weight.inputs[1])
+    assert (values.dtype, scale.shape) == (ml_dtypes.float8_e4m3fn, (32,))
+    assert (np.abs(values.astype(np.float32)).max(axis=0) == 448).all()
+
+
+def test_fp8_rounds_in_onnx_runtime_as_e4m3_does() -> None:
+    """Every float16 between the ends of E4M3 and beyond them, which the largest value stands for."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    x = every[np.isfinite(every)]
+    model = network("net (float[n] x) => (float[n] y) { q = QuantizeLinear (x, s, z) y = DequantizeLinear (q, s, z) }",
+                    s=np.array(1, np.float32), z=FP8.zero_point())  # fmt: skip
+    expected = np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    assert np.array_equal(run(model, x=x), expected)
+
+
+def test_fp8_with_half_is_close_to_float32_and_has_room_for_outliers() -> None:
+    """Where one token is 3000 times the others: a range that leaves INT8 nothing of them."""
+    x = outlier_batches()[0]["x"]
+    expected = run(network(NET, **WEIGHTS), x=x)
+    others = np.arange(len(x)) != 7
+    found = {}
+    for form in (INT8, FP8):
+        model = network(NET, **WEIGHTS)
+        plan = plan_symmetric(model, form=form)
+        int8_symmetric(model, plan, outlier_batches, open_model, method=RangeMethod.MIN_MAX, settled=True)
+        to_half(model, FP16, {})
+        require_well_formed(model)
+        found[form] = sqnr_db(expected[others], run(emulate(model), x=x)[others])
+    assert found[FP8] > 20
+    assert found[FP8] > found[INT8] + 10
+
+
+def test_a_scale_in_fp8_is_one_that_fp16_holds_whole() -> None:
+    levels, scale = FP8.quantize_weight(normal(64, 4, seed=1) * np.array([1e-6, 1e-4, 1.0, 100.0], np.float32), axis=1)
+    assert (scale >= np.finfo(np.float16).tiny).all()
+    weight = levels.astype(np.float32) * scale
+    assert sqnr_db(normal(64, 4, seed=1)[:, 1], weight[:, 1] / 1e-4) > 28
+    assert sqnr_db(normal(64, 4, seed=1)[:, 3], weight[:, 3] / 100) > 28
+
+
+CONVOLUTIONS = {
+    "plain": ((32, 16, 3, 3), 1, True),
+    "depthwise": ((32, 1, 3, 3), 32, False),
+    "three channels in": ((32, 3, 3, 3), 1, False),
+    "ten channels out": ((10, 16, 1, 1), 1, False),
+    "a large kernel": ((32, 16, 7, 7), 1, False),
+}
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolutions_without_an_fp8_kernel_stay_float(case: str) -> None:
+    shape, group, there = CONVOLUTIONS[case]
+    channels = shape[1] * group
+    text = (
+        f"net (float[b, {channels}, 9, 9] x) => (float[b, {shape[0]}, p, q] y) "
+        f"{{ [c__Conv] h = Conv <group: int = {group}> (x, w) [n__Neg] y = Neg (h) }}"
+    )
+    model = network(text, w=normal(*shape))
+    assert has_fp8_kernel(model.graph[0]) == there
+    asked = PrecisionPlan((LayerPlan("c/Conv", Scheme.STATIC),))
+    (planned,) = in_format(asked, model, FP8).layers
+    assert planned.scheme is (Scheme.FP8 if there else Scheme.FLOAT)
+    assert planned.reason == ("" if there else Exempt.NO_FP8)
+
+
+# -- a plan that is given ---------------------------------------------------------------------------------------------
+
+
+def test_a_plan_of_the_cpu_is_one_of_this_target() -> None:
+    layers = (LayerPlan("fc1/MatMul", Scheme.PER_TOKEN), LayerPlan("fc2/MatMul", Scheme.FLOAT32, "mine"),
+              LayerPlan("gone/MatMul", Scheme.PER_TOKEN))  # fmt: skip
+    plan = in_format(PrecisionPlan(layers, smoothing={"norm": 0.5}), network(NET, **WEIGHTS), INT8)
+    assert plan.layers == (LayerPlan("fc1/MatMul", Scheme.STATIC), LayerPlan("fc2/MatMul", Scheme.FLOAT32, "mine"))
+    assert plan.smoothing == {"norm": 0.5}
+
+
+def test_a_settled_plan_is_kept_whatever_its_layers_lose() -> None:
+    model = network(SENSITIVE, **SENSITIVE_WEIGHTS)
+    asked = plan_symmetric(model)
+    assert int8_symmetric(model, asked, outlier_batches, open_model, settled=True) == asked
+
+
+def test_a_layer_in_int8_and_one_in_fp8_may_read_the_same_value() -> None:
+    model = network(NET, **WEIGHTS)
+    layers = (LayerPlan("fc2/MatMul", Scheme.STATIC), LayerPlan("fc3/MatMul", Scheme.FP8))
+    int8_symmetric(model, PrecisionPlan(layers), batches, open_model)
+    require_well_formed(model)
+    kinds = {str(n.inputs[0].name): n.outputs[0].dtype for n in of_type(model, "QuantizeLinear")}  # type: ignore[union-attr]
+    assert kinds.keys() == {"g"}
+    assert {n.outputs[0].dtype for n in of_type(model, "QuantizeLinear")} == {INT8.dtype, FP8.dtype}
+
+
+def test_statistics_that_are_there_are_not_collected_again() -> None:
+    model = network(NET, **WEIGHTS)
+    known = collect_statistics(model, [Wanted("x", histogram=True)], batches(), open_model)
+    wide = Statistics(known.model, values={"x": ValueStatistics(-1000.0, 1000.0, known.values["x"].histogram)})
+    plan = PrecisionPlan((LayerPlan("fc1/MatMul", Scheme.STATIC),))
+    int8_symmetric(model, plan, batches, open_model, method=RangeMethod.MIN_MAX, statistics=wide)
+    (node,) = of_type(model, "QuantizeLinear")
+    assert constant(node.inputs[1]) == pytest.approx(1000 / 127)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from attn_deploy.errors import AttnDeployError, UsageError
-from attn_deploy.export.precision.calibration import Range, collect_ranges
+from attn_deploy.errors import UsageError
 from attn_deploy.export.precision.fp16 import MIN_ELEMENTS, store_fp16
 from attn_deploy.export.precision.insert import drop_unused_initializers
 from attn_deploy.export.precision.int8_conv import quantize_convs, scale_and_zero_point, values_to_calibrate
 from attn_deploy.export.precision.int8_linear import quantize_linear, quantize_weight
 from attn_deploy.export.precision.plan import Exempt, PrecisionPlan, Scheme, plan_int8, weighted_nodes
+from attn_deploy.export.precision.ranges import Range
+from attn_deploy.export.precision.statistics import Wanted, collect_statistics
 from attn_deploy.parity import sqnr_db
 from attn_deploy.runtimes import read_back
 from attn_deploy.target import Target
@@ -241,8 +240,9 @@ def quantized_net(weights: dict[str, Array], text: str = CONV_NET) -> ir.Model:
     model = network(text, **weights)
     convs = convs_of(model)
     batches = ({"x": images(8, seed)} for seed in range(100, 104))
-    ranges = collect_ranges(network(text, **weights), values_to_calibrate(convs), batches, open_model)
-    quantize_convs(model, convs, ranges)
+    wanted = [Wanted(name) for name in values_to_calibrate(convs)]
+    found = collect_statistics(network(text, **weights), wanted, batches, open_model)
+    quantize_convs(model, convs, found.ranges())
     drop_unused_initializers(model)
     return model
 
@@ -327,93 +327,6 @@ def test_a_range_is_mapped_onto_all_levels_and_zero_is_exact(span: Range, zero_p
     low, high = (float(scale) * (level - int(zero)) for level in (0, 255))
     assert low <= min(span.low, 0.0) + 0.51 * scale
     assert high >= max(span.high, 0.0) - 0.51 * scale
-
-
-# -- calibration -----------------------------------------------------------------------------------------------------
-
-RELU_NET = """net (float[batch, 4, 3, 3] x) => (float[batch, 4] y)
-{
-    [a__Relu] h = Relu (x)
-    [b__Neg] g = Neg (h)
-    [c__ReduceMax] m = ReduceMax <keepdims: int = 0> (g, axes)
-    [d__Identity] y = Identity (m)
-}"""
-
-
-def relu_net() -> ir.Model:
-    return network(RELU_NET, axes=np.array([2, 3], np.int64))
-
-
-def in_batches(x: Array, *sizes: int) -> Iterator[dict[str, Array]]:
-    start = 0
-    for size in sizes:
-        yield {"x": x[start : start + size]}
-        start += size
-
-
-@pytest.mark.parametrize("sizes", [(12,), (1,) * 12, (5, 4, 3)], ids=str)
-def test_a_range_spans_the_extrema_of_all_samples(sizes: tuple[int, ...]) -> None:
-    x = normal(12, 4, 3, 3) * np.arange(1, 13, dtype=np.float32)[:, None, None, None]
-    ranges = collect_ranges(relu_net(), ["x", "h", "g", "y"], in_batches(x, *sizes), open_model)
-    h = np.maximum(x, 0)
-    for name, value in {"x": x, "h": h, "g": -h, "y": (-h).max((2, 3))}.items():
-        flat = value.reshape(12, -1).astype(np.float64)
-        assert ranges[name].low == pytest.approx(flat.min(), rel=1e-6, abs=1e-7), name
-        assert ranges[name].high == pytest.approx(flat.max(), rel=1e-6, abs=1e-7), name
-
-
-def test_a_batch_comes_back_as_two_numbers_per_sample_and_activation() -> None:
-    """Memory does not grow with the size of the activations."""
-    sizes = []
-
-    def watched(model: ir.Model) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
-        opened = open_model(model)
-
-        def call(feeds: Mapping[str, Array]) -> dict[str, Array]:
-            outputs = opened(feeds)
-            sizes.append(sum(o.size for o in outputs.values()))
-            return outputs
-
-        return call
-
-    collect_ranges(relu_net(), ["h", "g"], in_batches(normal(12, 4, 3, 3), 5, 7), watched)
-    assert sizes == [5 * 2 * 2, 7 * 2 * 2]
-
-
-def test_one_batch_at_a_time_is_held() -> None:
-
-    def batches() -> Iterator[dict[str, Array]]:
-        before: list[weakref.ref[Array]] = []
-        for seed in range(6):
-            most.append(sum(r() is not None for r in before))
-            x = normal(2, 4, 3, 3, seed=seed)
-            before.append(weakref.ref(x))
-            yield {"x": x}
-
-    most: list[int] = []
-    collect_ranges(relu_net(), ["h"], batches(), open_model)
-    assert max(most) <= 1
-
-
-def test_the_model_that_is_calibrated_stays_as_it_was() -> None:
-    model = relu_net()
-    before = ir.to_proto(model).SerializeToString(deterministic=True)
-    collect_ranges(model, ["h"], in_batches(normal(2, 4, 3, 3), 2), open_model)
-    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=repr)
-def test_an_activation_that_is_not_finite_is_named(bad: float) -> None:
-    x = normal(4, 4, 3, 3)
-    x[2, 1, 1, 1] = bad
-    with pytest.raises(AttnDeployError, match="not finite") as caught:
-        collect_ranges(relu_net(), ["x"], in_batches(x, 2, 2), open_model)
-    assert caught.value.where == "x"
-
-
-def test_calibration_without_a_sample_is_an_error() -> None:
-    with pytest.raises(AttnDeployError, match="no sample"):
-        collect_ranges(relu_net(), ["h"], in_batches(normal(0, 4, 3, 3)), open_model)
 
 
 # -- plan ------------------------------------------------------------------------------------------------------------

@@ -37,6 +37,11 @@ LIBRARY_VARIABLE = "ATTN_DEPLOY_TEST_LIBRARY"
 
 ISAS_OF_THIS_MACHINE = "neon" if platform.machine() in ("aarch64", "arm64") else "avx2,avx512"
 
+ISAS = os.environ.get(ISAS_VARIABLE, ISAS_OF_THIS_MACHINE).split(",")
+
+WITH_INT8_PRODUCTS = {"avx2": "avx_vnni", "avx512": "avx512_vnni", "neon": "neon_dotprod"}
+"""Instruction sets for which only kernels on 8-bit integers are compiled, beside those that they extend."""
+
 Dims = list[str | int | None]
 Feeds = Mapping[str, np.ndarray]
 
@@ -49,7 +54,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def is_meant(item: pytest.Item) -> bool:
         names = getattr(item, "fixturenames", ())
-        return "kernel_runner" in names if runner else "library" in names and "kernel_runner" not in names
+        runs_kernels = "kernel_runner" in names or "int8_kernel_runner" in names
+        return runs_kernels if runner else "library" in names and not runs_kernels
 
     others = [item for item in items if not is_meant(item)]
     config.hook.pytest_deselected(items=others)
@@ -74,15 +80,25 @@ def library() -> Path:
     return installed
 
 
-@pytest.fixture(scope="session", params=os.environ.get(ISAS_VARIABLE, ISAS_OF_THIS_MACHINE).split(","))
+@pytest.fixture(scope="session", params=ISAS)
 def kernel_runner(request: pytest.FixtureRequest) -> KernelRunner:
     """Runs kernels on arrays, once with each instruction set that was compiled."""
+    return _runner_on(request.param)
+
+
+@pytest.fixture(scope="session", params=[*ISAS, *(WITH_INT8_PRODUCTS[isa] for isa in ISAS)])
+def int8_kernel_runner(request: pytest.FixtureRequest) -> KernelRunner:
+    """The same for kernels on 8-bit integers, which are compiled for more instruction sets."""
+    return _runner_on(request.param)
+
+
+def _runner_on(isa: str) -> KernelRunner:
     command = tuple(shlex.split(os.environ.get(RUNNER_VARIABLE, "")))
     if not command:
         if not native_build.can_build():
             pytest.skip("no cmake and c++ to build kernel_runner")
         command = (str(native_build.runner_in(native_build.build("release"))),)
-    runner = KernelRunner(command, request.param)
+    runner = KernelRunner(command, isa)
     if not runner.available():
         pytest.skip(f"this CPU has no {runner.isa}")
     return runner
@@ -103,7 +119,7 @@ def one_node_model(
     form = FORMS[form_name]
     constants, shapes = constants or {}, shapes or {}
     element_types = {"float32": onnx.TensorProto.DataType.Value(dtype), "int64": onnx.TensorProto.INT64,
-                     "bool": onnx.TensorProto.BOOL}  # fmt: skip
+                     "bool": onnx.TensorProto.BOOL, "uint8": onnx.TensorProto.UINT8}  # fmt: skip
     inputs = [
         onnx.helper.make_tensor_value_info(i.name, element_types[i.dtype], shapes.get(i.name))
         for i in form.inputs

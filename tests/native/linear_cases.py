@@ -15,8 +15,8 @@ from attn_deploy.ops import BLOCK_FORMS
 Array = np.ndarray
 
 EPSILON = 1e-6
-LANES = {"avx2": 8, "avx512": 16, "neon": 4}
-TILE_ROWS = {"avx2": 6, "avx512": 14, "neon": 12}
+LANES = {"avx2": 8, "avx_vnni": 8, "avx512": 16, "avx512_vnni": 16, "neon": 4, "neon_dotprod": 4}
+TILE_ROWS = {"avx2": 6, "avx_vnni": 6, "avx512": 14, "avx512_vnni": 14, "neon": 12, "neon_dotprod": 12}
 """As kernels/gemm.h has them: sizes around these are the edges of its tiles."""
 
 

@@ -170,7 +170,7 @@ def node_model(operator: str, inputs: list[str], *, outputs: int = 1, **attribut
 
 
 def the_block(library: Path) -> int:
-    return 16 if native.library_instruction_set(library) == "avx512" else 8
+    return 16 if native.library_instruction_set(library).startswith("avx512") else 8
 
 
 def feeds_of(block: int) -> dict[str, Array]:

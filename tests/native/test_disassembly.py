@@ -15,14 +15,21 @@ from pathlib import Path
 import native_build
 import pytest
 
-PRODUCTS = re.compile(r"\b(MultiplyTile|MultiplyPixels|QueryKeyTile|WeightValueTile)<")
+FLOAT_TILES = {"MultiplyTile", "MultiplyPixels", "QueryKeyTile", "WeightValueTile"}
+INT8_TILES = {"MultiplyQuantizedTile"}
+TILE = re.compile(rf"\b({'|'.join(FLOAT_TILES | INT8_TILES)})<")
 """Tiles of matrix products, whose accumulators are planned to fill the registers. Others may keep constants of a
 polynomial in memory, of which AVX2 has more than registers."""
+
+TILES = {
+    "avx2": FLOAT_TILES | INT8_TILES, "avx_vnni": INT8_TILES,
+    "avx512": FLOAT_TILES | INT8_TILES, "avx512_vnni": INT8_TILES,
+}  # fmt: skip
 
 UNUSED = re.compile(r"avx2::MultiplyPixels<\d, 1, 4>")
 """Blocks of 32 channels: ONNX Runtime has them of 8 and 16."""
 
-MIN_FMAS = 8
+MIN_PRODUCTS = 8
 """Smaller tiles have registers to spare."""
 
 VECTOR = re.compile(r"%[yz]mm\d")
@@ -76,15 +83,15 @@ def stack_accesses(function: Function, loop: Function) -> list[str]:
     return [one.text for one in loop if VECTOR.search(one.text) and stack.search(one.text)]
 
 
-def fmas(loop: Function) -> int:
-    return sum(1 for one in loop if re.match(r"vfn?madd\w+ps\b.*%[yz]mm", one.text))
+def products(loop: Function) -> int:
+    return sum(1 for one in loop if re.match(r"(\{vex\} )?(vfn?madd\w+ps|vpdpbusd|vpmaddwd)\b.*%[yz]mm", one.text))
 
 
 @pytest.fixture(scope="module")
 def kernels(request: pytest.FixtureRequest) -> list[tuple[str, Function]]:
     """Every function of kernel_runner in the namespace of an instruction set of x86."""
     runner = native_build.runner_in(native_build.build("release"))
-    found = [f for f in functions_of(disassemble(runner)) if re.search(r"native::avx(2|512)::", f[0])]
+    found = [f for f in functions_of(disassemble(runner)) if re.search(r"native::avx(2|512|_vnni|512_vnni)::", f[0])]
     if not found:
         pytest.skip("this machine's kernels are not those of x86")
     return found
@@ -95,19 +102,19 @@ def disassemble(program: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", TILES)
 def test_products_keep_their_accumulators_in_registers(kernels: list[tuple[str, Function]], isa: str) -> None:
     seen, spills = set(), []
     for name, function in kernels:
-        product = PRODUCTS.search(name)
+        product = TILE.search(name)
         if product is None or f"native::{isa}::" not in name or UNUSED.search(name):
             continue
         for loop in inner_loops(function):
-            if fmas(loop) >= MIN_FMAS:
+            if products(loop) >= MIN_PRODUCTS:
                 seen.add(product[1])
                 accesses = stack_accesses(function, loop)
                 spills += [f"{name} at {loop[0].address:x}: {', '.join(accesses[:3])}"] if accesses else []
-    assert seen == set(PRODUCTS.pattern.split("(")[1].split(")")[0].split("|")), "a kernel has other loops, or names"
+    assert seen == TILES[isa], "a kernel has other loops, or names"
     assert spills == []
 
 
@@ -130,6 +137,6 @@ def test_a_loop_that_spills_is_found(tmp_path: Path) -> None:
     if subprocess.run(command, capture_output=True, check=False).returncode != 0:
         pytest.skip("the compiler does not make code for x86")
     ((_, function),) = functions_of(disassemble(compiled))
-    loops = [loop for loop in inner_loops(function) if fmas(loop) == len(names)]
+    loops = [loop for loop in inner_loops(function) if products(loop) == len(names)]
     assert loops
     assert all(stack_accesses(function, loop) for loop in loops)

@@ -1,5 +1,6 @@
 #include "attention_block.h"
 
+#include "attention_windows.h"
 #include "gemm.h"
 #include "layer_norm.h"
 
@@ -17,7 +18,7 @@ struct Layout {
         attended(rows * row_stride),
         qkv(attended + rows * row_stride),
         strip(qkv + rows * qkv_stride),
-        attention((strip + rows * kPanelColumns + 15) / 16 * 16),
+        attention(WholeLines(strip + rows * kPanelColumns)),
         end(attention + AttentionScratch(plan.shape, plan.length)) {}
 
   int64_t row_stride;  // of normalized and attended rows
@@ -29,25 +30,6 @@ struct Layout {
   int64_t attention;
   int64_t end;
 };
-
-void AttendWindow(const AttentionBlockPlan& plan, int64_t window, const Layout& at, const float* qkv, float* attended,
-                  float* scratch) {
-  const int64_t head_dim = plan.shape.head_dim;
-  const int64_t scores = plan.length * plan.length;
-  AttentionHead head;
-  head.query_stride = head.key_stride = head.value_stride = at.qkv_stride;
-  head.output_stride = at.row_stride;
-  head.bias_row_stride = plan.length;
-  for (int64_t h = 0; h < plan.heads; ++h) {
-    head.query = qkv + h * head_dim;
-    head.key = head.query + plan.channels;
-    head.value = head.key + plan.channels;
-    head.output = attended + h * head_dim;
-    head.scale = plan.head_scale == nullptr ? plan.scale : plan.scale * plan.head_scale[h];
-    if (plan.bias != nullptr) head.bias = plan.bias + (plan.bias_index[window] * plan.heads + h) * scores;
-    AttendHead(plan.shape, head, 0, plan.length, scratch);
-  }
-}
 
 }  // namespace
 
@@ -62,8 +44,7 @@ void RunAttentionBlock(const AttentionBlockPlan& plan, const float* x, float* y,
   const int64_t* index = plan.index + begin * plan.length;
   const Layout at(plan, rows);
 
-  // Padding is projected too, and overwritten below: windows with padding are few.
-  for (int64_t r = 0; r < rows; ++r) ints[r] = Maximum(index[r], 0);
+  TokensToRead(index, rows, ints);
   NormalizeRows({x, channels, ints}, rows, channels, plan.epsilon, floats, at.row_stride);
 
   Product product;
@@ -81,22 +62,10 @@ void RunAttentionBlock(const AttentionBlockPlan& plan, const float* x, float* y,
   MultiplyPanels(product, to);
 
   float* const attended = floats + at.attended;
-  for (int64_t r = 0; r < rows; ++r) {
-    if (index[r] < 0) CopyRows({plan.fill, 0}, 1, 3 * channels, floats + at.qkv + r * at.qkv_stride, 0);
-  }
-  for (int64_t window = begin; window < end; ++window) {
-    const int64_t first = (window - begin) * plan.length;
-    AttendWindow(plan, window, at, floats + at.qkv + first * at.qkv_stride, attended + first * at.row_stride,
-                 floats + at.attention);
-  }
+  AttendWindows(plan, AttendHead, begin, end, floats + at.qkv, at.qkv_stride, attended, at.row_stride,
+                floats + at.attention);
+  const int64_t kept = DropPadding(index, rows, channels, attended, at.row_stride, ints);
 
-  // Rows that are written, moved together.
-  int64_t kept = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    if (index[r] < 0) continue;
-    if (kept != r) CopyRows({attended + r * at.row_stride, 0}, 1, channels, attended + kept * at.row_stride, 0);
-    ints[kept++] = index[r];
-  }
   product.a = attended;
   product.rows = kept;
   product.weights = plan.out;
@@ -111,15 +80,17 @@ void RunAttentionBlock(const AttentionBlockPlan& plan, const float* x, float* y,
   MultiplyPanels(product, to);
 }
 
-void RunOutsideWindows(const AttentionBlockPlan& plan, const float* x, float* y, const float* bias_out,
+void RunOutsideWindows(const WindowAttention& attention, const float* x, float* y, const float* bias_out,
                        const int64_t* tokens, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    const float* from = x + tokens[i] * plan.channels;
-    float* to = y + tokens[i] * plan.channels;
-    int64_t c = 0;
-    for (; c + kLanes <= plan.channels; c += kLanes) Store(to + c, Load(from + c) + Load(bias_out + c));
-    const int64_t rest = plan.channels - c;
-    if (rest > 0) StorePartial(to + c, LoadPartial(from + c, rest) + LoadPartial(bias_out + c, rest), rest);
+    const float* from = x + tokens[i] * attention.channels;
+    float* to = y + tokens[i] * attention.channels;
+    ForVectors(attention.channels, [&](int64_t c, int64_t lanes) __attribute__((always_inline)) {
+      if (lanes == kLanes) Store(to + c, Load(from + c) + Load(bias_out + c));
+      if (lanes < kLanes) {
+        StorePartial(to + c, LoadPartial(from + c, lanes) + LoadPartial(bias_out + c, lanes), lanes);
+      }
+    });
   }
 }
 

@@ -13,7 +13,8 @@
 
 namespace attn_deploy::native {
 
-struct AttentionBlockPlan {
+// The block but for its projections.
+struct WindowAttention {
   int64_t tokens = 0;    // of x
   int64_t channels = 0;  // heads * head_dim
   int64_t heads = 0;
@@ -21,14 +22,17 @@ struct AttentionBlockPlan {
   int64_t length = 0;                // tokens of a window
   const int64_t* index = nullptr;    // [windows, length], of tokens; -1 is padding: it reads `fill`, and writes nothing
   float epsilon = 0.0f;
-  PackedWeights qkv;  // [channels, 3 * channels]; LayerNorm's scale and bias are part of it
-  PackedWeights out;  // [channels, channels]
   AttentionShape shape;
   float scale = 1.0f;
   const float* fill = nullptr;           // [3, heads, head_dim], where the index has padding
   const float* head_scale = nullptr;     // [heads], multiplies scale; null: none
   const float* bias = nullptr;           // [distinct, heads, length, length]; null: none
   const int64_t* bias_index = nullptr;   // [windows] -> distinct
+};
+
+struct AttentionBlockPlan : WindowAttention {
+  PackedWeights qkv;  // [channels, 3 * channels]; LayerNorm's scale and bias are part of it
+  PackedWeights out;  // [channels, channels]
 };
 
 struct AttentionBlockScratch {
@@ -46,7 +50,7 @@ ATTN_DEPLOY_DECLARE_KERNEL(void, RunAttentionBlock, const AttentionBlockPlan& pl
                            int64_t begin, int64_t end, float* floats, int64_t* ints)
 
 // y = x + bias_out for the given tokens: those of no window, whose attention is 0.
-ATTN_DEPLOY_DECLARE_KERNEL(void, RunOutsideWindows, const AttentionBlockPlan& plan, const float* x, float* y,
+ATTN_DEPLOY_DECLARE_KERNEL(void, RunOutsideWindows, const WindowAttention& attention, const float* x, float* y,
                            const float* bias_out, const int64_t* tokens, int64_t count)
 
 }  // namespace attn_deploy::native

@@ -6,6 +6,9 @@
 
 namespace attn_deploy::native::ATTN_DEPLOY_ISA {
 
+// `floats` and what is missing to whole cache lines.
+ATTN_DEPLOY_INLINE int64_t WholeLines(int64_t floats) { return (floats + 15) / 16 * 16; }
+
 // Floats from row to row of a block that a product reads: rows of a tile then lie in different sets of the L1 cache,
 // which they do not where the stride is a multiple of 4 KB.
 ATTN_DEPLOY_INLINE int64_t ScratchStride(int64_t columns) {
@@ -25,13 +28,21 @@ ATTN_DEPLOY_INLINE Vec LoadLanes(const float* p, int64_t count) {
   return count == kLanes ? Load(p) : LoadPartial(p, count);
 }
 
-// y = (x - mean) / sqrt(variance + epsilon) for kRows rows at a time, so that the latency of one row's sums hides
-// behind the others'. Three passes over rows that stand in L1: the mean; the variance about it, and by how much
-// rounding left the mean wrong, which matters where it is large against the spread; the result.
+// What LayerNorm makes of a row: (x - mean) * scale - shift.
+struct RowMoments {
+  float mean;
+  float scale;  // NaN where the row has NaN or an infinity
+  float shift;
+};
+
+// kRows rows at a time, so that the latency of one row's sums hides behind the others'. Two passes over rows that stand
+// in L1: the mean; the variance about it, and by how much rounding left the mean wrong, which matters where it is large
+// against the spread.
 template <int kRows>
-void NormalizeTogether(const float* const* x, int64_t columns, float epsilon, float* y, int64_t y_stride) {
+ATTN_DEPLOY_INLINE void MomentsTogether(const float* const* x, int64_t columns, float epsilon,
+                                        RowMoments (&moments)[kRows]) {
   const float inverse = 1.0f / static_cast<float>(columns);
-  Vec sum[kRows], square[kRows], mean[kRows], scale[kRows], shift[kRows];
+  Vec sum[kRows], square[kRows], mean[kRows];
   ATTN_DEPLOY_UNROLL
   for (int r = 0; r < kRows; ++r) sum[r] = Zero();
   ForVectors(columns, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
@@ -40,7 +51,8 @@ void NormalizeTogether(const float* const* x, int64_t columns, float epsilon, fl
   });
   ATTN_DEPLOY_UNROLL
   for (int r = 0; r < kRows; ++r) {
-    mean[r] = Broadcast(ReduceAdd(sum[r]) * inverse);
+    moments[r].mean = ReduceAdd(sum[r]) * inverse;
+    mean[r] = Broadcast(moments[r].mean);
     sum[r] = square[r] = Zero();
   }
   ForVectors(columns, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
@@ -56,9 +68,22 @@ void NormalizeTogether(const float* const* x, int64_t columns, float epsilon, fl
   for (int r = 0; r < kRows; ++r) {
     const float error = ReduceAdd(sum[r]) * inverse;
     const float variance = ReduceAdd(square[r]) * inverse - error * error;
-    const float factor = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + epsilon);
-    scale[r] = Broadcast(factor);
-    shift[r] = Broadcast(error * factor);
+    moments[r].scale = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + epsilon);
+    moments[r].shift = error * moments[r].scale;
+  }
+}
+
+// y = (x - mean) / sqrt(variance + epsilon) for kRows rows at a time.
+template <int kRows>
+void NormalizeTogether(const float* const* x, int64_t columns, float epsilon, float* y, int64_t y_stride) {
+  RowMoments moments[kRows];
+  MomentsTogether<kRows>(x, columns, epsilon, moments);
+  Vec mean[kRows], scale[kRows], shift[kRows];
+  ATTN_DEPLOY_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    mean[r] = Broadcast(moments[r].mean);
+    scale[r] = Broadcast(moments[r].scale);
+    shift[r] = Broadcast(moments[r].shift);
   }
   ForVectors(columns, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
     ATTN_DEPLOY_UNROLL

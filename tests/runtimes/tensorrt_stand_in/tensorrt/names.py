@@ -35,7 +35,7 @@ class ErrorCodeTRT(enum.Enum):
 class DataType(enum.Enum):
     """The value is what ONNX calls the type (TensorProto.DataType)."""
 
-    FLOAT, UINT8, INT8, INT32, INT64, BOOL, HALF, BF16 = 1, 2, 3, 6, 7, 9, 10, 16
+    FLOAT, UINT8, INT8, INT32, INT64, BOOL, HALF, BF16, FP8 = 1, 2, 3, 6, 7, 9, 10, 16, 17
 
 
 class LayerType(enum.Enum):
