@@ -24,19 +24,19 @@ from attn_deploy.manifest import Graph, graph_file
 from attn_deploy.measuring import Conditions, Measured, measure_candidates
 from attn_deploy.options import ExportOptions
 from attn_deploy.parity import parity_cases
-from attn_deploy.precision_plan import PrecisionPlan
+from attn_deploy.planning import Planner
 from attn_deploy.progress import Progress
 from attn_deploy.proving import Proof
 from attn_deploy.receipt import MAIN, SCHEMA_VERSION, CandidateEntry, DataEntry, Receipt
-from attn_deploy.searching import Samples, Searched, search_plan, subject_of
+from attn_deploy.searching import Samples
 from attn_deploy.session import BATCH, Array
 from attn_deploy.target import Precision, Target
 from attn_deploy.tuning import MIN_CALL_MS, SECONDS, Tuned, is_tuned, tune, tuned_levels
 
 if TYPE_CHECKING:
-    from attn_deploy.export.candidates import Means
     from attn_deploy.export.canonical import CanonicalModel
     from attn_deploy.export.capture import CapturedModel
+    from attn_deploy.export.lower.lowered import Batches
     from attn_deploy.export.lower.lowered import Conditions as LoweringConditions
     from attn_deploy.export.rewrite import RewrittenModel
     from attn_deploy.export.sources import LoadedSource
@@ -113,29 +113,30 @@ class GraphExport:
         """Lowers every candidate to a file and opens it; those of targets that cannot run here are only written."""
         from attn_deploy.export.build import build_candidates, save_sources
         from attn_deploy.export.candidates import Means
-        from attn_deploy.export.lower.lowered import Alternative
 
         options = self.options
         folder = self._folder(root)
         folder.mkdir(exist_ok=True)
         save_sources(canonical, folder)
-        tuned = self._tune(rewritten.captured, canonical, unavailable)
-        conditions = {target: self._conditions(target, tuned, canonical) for target in options.targets}
-        self.progress.stage("candidates")
-        means = Means(self._calibration(rewritten.captured), _open_model, options.exclude, self._given_plan(canonical))
-        searched = self._searched(rewritten.captured, canonical, means, tuned)
-        planned = {
-            target: Alternative(arguments={"plan": found.plan} if target.on_gpu else found.arguments)
-            for target, found in searched.items()
-        }
+        captured = rewritten.captured
+        planner = Planner(canonical, options, self.threads, self.progress, self.warnings)
+        tuned = self._tune(captured, canonical, planner, unavailable)
+        conditions = {target: self._conditions(target, tuned, planner) for target in options.targets}
+        calibration = self._calibration(captured)
+        size = None if self.split is None else self.split.calibration.size
+        means = planner.prepared(Means(calibration, _open_model, options.exclude), size)
+        planned, search = planner.auto(
+            means, None if tuned is None else tuned_levels(tuned), lambda: self._samples(captured, calibration)
+        )
         extra = {t: runtimes.variant_options(t, canonical.dims, options.runtime_options) for t in options.targets}
         proofs, not_run = [], []
+        self.progress.stage("candidates")
         for candidate in build_candidates(
             rewritten, canonical, folder, options, means, conditions, planned, self.progress
         ):
             candidate = replace(candidate, options={**extra[candidate.target], **candidate.options})
             if candidate.precision is Precision.AUTO and not candidate.target.on_gpu:
-                candidate = replace(candidate, search=searched[candidate.target].entry)
+                candidate = replace(candidate, search=search)
             if tuned is not None and is_tuned(candidate, tuned):
                 candidate = replace(candidate, tuning=tuned.entry(candidate.precision))
             if candidate.target in unavailable:
@@ -147,18 +148,17 @@ class GraphExport:
         return proofs, not_run
 
     def _tune(
-        self, captured: CapturedModel, canonical: CanonicalModel, unavailable: Mapping[Target, str]
+        self, captured: CapturedModel, canonical: CanonicalModel, planner: Planner, unavailable: Mapping[Target, str]
     ) -> Tuned | None:
         """The fastest level of each unit on the CPU; None where that is no target here, or not worth it."""
         from attn_deploy.export.levelled import LevelledModel
-        from attn_deploy.export.lower import pairs
 
         options, cpu = self.options, Target.ONNXRUNTIME_CPU
-        built = {precision for target, precision in pairs(options) if target is cpu}
+        built = planner.precisions(cpu)
         asked = bool(built & {Precision.FP32, Precision.INT8, Precision.AUTO}) and cpu not in unavailable
         if not asked or options.tune is False:
             return None
-        plan = self._int8_plan(canonical) if any(precision.quantized for precision in built) else None
+        plan = planner.int8 if any(precision.quantized for precision in built) else None
         model = LevelledModel(canonical, frozenset(runtimes.kernel_names(cpu)), plan)
         try:
             return tune(
@@ -169,44 +169,10 @@ class GraphExport:
             self.warnings.append(f"not tuned: {error.what} ({error.got}; {error.expected})")
             return None
 
-    def _given_plan(self, canonical: CanonicalModel) -> PrecisionPlan | None:
-        """The user's plan by the nodes of this model."""
-        from attn_deploy.export.precision.given_plan import given_plan
-
-        options = self.options
-        return None if options.plan is None else given_plan(canonical.model, options.plan, options.exclude)
-
-    def _int8_plan(self, canonical: CanonicalModel) -> PrecisionPlan:
-        """What INT8 means for this model: the user's plan, or all that may be INT8."""
-        from attn_deploy.export.precision import plan_int8
-
-        return self._given_plan(canonical) or plan_int8(canonical.model, self.options.exclude)
-
-    def _searched(
-        self, captured: CapturedModel, canonical: CanonicalModel, means: Means, tuned: Tuned | None
-    ) -> dict[Target, Searched]:
-        """How `auto` is lowered for each target that it is asked for: by the user's plan, else by a search."""
-        from attn_deploy.export.lower import pairs
-
-        targets = [target for target, precision in pairs(self.options) if precision is Precision.AUTO]
-        if not targets:
-            return {}
-        levels = None if tuned is None else tuned_levels(tuned)
-        subject = subject_of(canonical, means, levels)
-        if means.plan is not None:
-            found = Searched(means.plan, subject.arguments(means.plan), None)
-        else:
-            samples = self._samples(captured, means)
-            found = search_plan(subject, samples, self.options.budget, threads=self.threads, progress=self.progress)
-            if not found.plan.quantized:
-                self.warnings.append("no part of the model gains by INT8 on this host: the candidate `auto` is FP32")
-        return dict.fromkeys(targets, found)
-
-    def _samples(self, captured: CapturedModel, means: Means) -> Samples:
+    def _samples(self, captured: CapturedModel, calibration: Batches) -> Samples:
         """What a search scores and judges with: parts of the data, or without data typical made inputs."""
         split, single = self.split, self._single(captured)
-        assert means.calibration is not None
-        scoring = tuple(itertools.islice(means.calibration(), SCORED_BATCHES))
+        scoring = tuple(itertools.islice(calibration(), SCORED_BATCHES))
         scores = scores_output({name: value.shape for name, value in captured.reference(single).items()})
         if split is None:
             cases = [case for case in parity_cases(captured.inputs, captured.dims) if case.typical]
@@ -217,25 +183,26 @@ class GraphExport:
             judged = JudgedSamples(lambda: ((b.feeds, b.labels) for b in batches(size)), captured.reference)
         return Samples(scoring, judged, scores, single)
 
-    def _conditions(self, target: Target, tuned: Tuned | None, canonical: CanonicalModel) -> LoweringConditions:
+    def _conditions(self, target: Target, tuned: Tuned | None, planner: Planner) -> LoweringConditions:
         from attn_deploy.export.lower.lowered import Conditions
 
         found = {} if tuned is None or target is not Target.ONNXRUNTIME_CPU else tuned_levels(tuned)
         kernels = frozenset(runtimes.kernel_names(target))
         blocks = target is Target.ONNXRUNTIME_CPU and self.options.plan is None and runtimes.multiplies_blocks()
-        return Conditions(kernels, self.options.tensorrt_version, found, self._int8_plan(canonical), blocks)
+        return Conditions(kernels, self.options.tensorrt_version, found, planner.int8, blocks)
 
     def _folder(self, root: Path) -> Path:
         return root / graph_file(self.name, "")
 
-    def _calibration(self, captured: CapturedModel) -> Any:
+    def _calibration(self, captured: CapturedModel) -> Batches:
         """Feeds to calibrate on: the user's, or made ones, which is said."""
 
         def batches() -> Iterable[Mapping[str, Array]]:
-            self.calibrated = 0
             if self.split is not None:
+                seen = 0
                 for batch in self.split.calibration.batches(DATA_BATCH):
-                    self.calibrated += len(batch.keys)
+                    seen += len(batch.keys)
+                    self.calibrated = max(self.calibrated, seen)  # not every pass needs all of them
                     yield batch.feeds
                 return
             warning = "ranges were calibrated on random inputs: give --data for those of real activations"

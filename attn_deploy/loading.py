@@ -175,10 +175,12 @@ def load(
     target: str | None = None,
     variant: str | None = None,
     graph: str | None = None,
+    spinning: bool = True,
 ) -> BundleSession:
     """Opens the variant of a bundle that was chosen for this host.
 
-    `threads` None leaves the number to the runtime. `target` and `variant` override the choice. A bundle with several
+    `threads` None leaves the number to the runtime. `spinning` False: the CPU's threads sleep while they wait for work,
+    which is slower where nothing else runs and faster beside other processes. `target` and `variant` override the choice. A bundle with several
     resolutions runs each feed on the graph of its sizes, which is opened by the first feed that needs it; `graph` opens
     one of them alone. Raises BundleError for a damaged or newer bundle, UnavailableError when no variant can run here.
     """
@@ -193,13 +195,13 @@ def load(
             raise UsageError(
                 "the bundle has no such variant", got=chosen, expected=nearest(chosen, graphs[name].variants)
             )
-    opened = functools.partial(_open, bundle, variants, threads)
+    opened = functools.partial(_open, bundle, variants, threads, spinning)
     first = next(iter(graphs))
     runner = Dispatcher(graphs, opened) if len(graphs) > 1 else _OneGraph(graphs[first], opened(first))
     return BundleSession(runner, manifest, first, variants[first])
 
 
-def _open(bundle: Bundle, variants: Mapping[str, str], threads: int | None, name: str) -> Session:
+def _open(bundle: Bundle, variants: Mapping[str, str], threads: int | None, spinning: bool, name: str) -> Session:
     """The session of a graph's variant. Its files are checked here."""
     graph = bundle.manifest.graphs[name]
     lowered = graph.variants[variants[name]]
@@ -207,6 +209,7 @@ def _open(bundle: Bundle, variants: Mapping[str, str], threads: int | None, name
     for other in others:
         bundle.check(other)
     model = bundle.check(model_name) if others else bundle.read(model_name)
+    waiting = {} if spinning or Target(lowered.target).on_gpu else {"spinning": "0"}
     return runtimes.open_session(
         Target(lowered.target),
         model,
@@ -214,7 +217,7 @@ def _open(bundle: Bundle, variants: Mapping[str, str], threads: int | None, name
         outputs=graph.outputs,
         threads=threads,
         library=lowered.library is not None,
-        options=lowered.options,
+        options=lowered.options | waiting,
     )
 
 

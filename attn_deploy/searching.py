@@ -87,7 +87,7 @@ def subject_of(
         return Subject(canonical, means.plan, None, kernels, tuned)
     whole = onnxruntime_cpu.lower(
         canonical, Precision.INT8, native=kernels, calibration=means.calibration, open_model=means.open_model,
-        exclude=means.exclude,
+        exclude=means.exclude, plan=means.prepared, statistics=means.statistics,
     )  # fmt: skip
     return Subject(canonical, whole.plan, whole.statistics, kernels, tuned)
 
@@ -105,12 +105,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class Searched:
-    """`arguments`: what the recipe lowers the plan with."""
+    """The plan, and how it was found."""
 
     plan: PrecisionPlan
-    arguments: dict[str, Any]
-    entry: Search | None
-    """None for a plan that was given."""
+    entry: Search
 
 
 def search_plan(
@@ -171,7 +169,7 @@ class _Search:
             reverted=found.reverted.get(chosen.plan, ()),
             met=found.best is not None,
         )
-        return Searched(plan, subject.arguments(plan), entry)
+        return Searched(plan, entry)
 
     # -- what parts gain ----------------------------------------------------------------------------------------------
 
@@ -268,14 +266,14 @@ class _Search:
 
     def _plan(self, chosen: Plan, parts: Mapping[str, Part], losses: Mapping[str, Loss]) -> PrecisionPlan:
         """With the reason for each layer that search decided about."""
-        reasons = {}
+        reasons: dict[str, str] = {}
         for name, layers in self.layers.items():
             said = f"{losses[name].sqnr_db:.1f} dB alone, gains {parts[name].gain_us:.0f} us"
             word = "searched" if name in chosen else "no gain" if parts[name].gain_us <= 0 else "not worth its loss"
             reasons |= dict.fromkeys(layers, f"{word}: {said}")
         plan = self._restricted(chosen)
-        layers = tuple(LayerPlan(p.layer, p.scheme, reasons.get(p.layer, p.reason)) for p in plan.layers)
-        return replace(plan, layers=layers)
+        said_of = tuple(LayerPlan(p.layer, p.scheme, reasons.get(p.layer, p.reason)) for p in plan.layers)
+        return replace(plan, layers=said_of)
 
     @property
     def _library(self) -> bool:

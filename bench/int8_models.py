@@ -43,6 +43,7 @@ from attn_deploy.data import open_data
 from attn_deploy.errors import AttnDeployError
 from attn_deploy.inputs import make_feeds, named_specs
 from attn_deploy.preprocess import read_preprocess
+from attn_deploy.receipt import MAIN
 from attn_deploy.target import Precision
 
 if TYPE_CHECKING:
@@ -149,9 +150,9 @@ def measured(name: str, case: Case, state: str, arguments: argparse.Namespace) -
     variants: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         for system, bundle in bundles.items():
-            session = stack.enter_context(attn_deploy.load(bundle, threads=arguments.threads, target=TARGET))
-            variants[system] = checked_variant(session, precisions[system])
-            runs[system] = session.run
+            variants[system] = variant_of(bundle, precisions[system])
+            session = attn_deploy.load(bundle, threads=arguments.threads, variant=variants[system])
+            runs[system] = stack.enter_context(session).run
         absent = open_peers(runs, name, case, data, captured, arguments.threads)
         feeds = next(data.judgement())[0]
         shapes = {output: value.shape for output, value in captured.reference(feeds).items()}
@@ -197,12 +198,17 @@ def weights_of(case: Case) -> str | None:
     return str(data / case.weights)
 
 
-def checked_variant(session: Any, precision: str) -> str:
-    """The id of the variant that runs. Raises AttnDeployError when it is not of the precision that was asked for."""
-    variant = session.manifest.graphs[session.graph].variants[session.variant]
-    if variant.precision != precision:
-        raise AttnDeployError("the bundle runs another precision", got=variant.precision, expected=precision)
-    return session.variant
+def variant_of(bundle: Path, precision: str) -> str:
+    """The chosen variant; the one that `--keep-best` kept where none held its budget, which the table shows.
+
+    Raises AttnDeployError when it is not of the precision that was asked for.
+    """
+    manifest = open_bundle(bundle).manifest
+    variants = manifest.graphs[MAIN].variants
+    found = manifest.chosen.get(TARGET) or next(iter(variants))
+    if variants[found].precision != precision:
+        raise AttnDeployError("the bundle runs another precision", got=variants[found].precision, expected=precision)
+    return found
 
 
 def open_peers(

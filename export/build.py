@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,11 +41,11 @@ def build_candidates(
     asked: Asked,
     means: Means,
     conditions: Mapping[Target, Conditions],
-    planned: Mapping[Target, Alternative],
+    planned: Mapping[Target, Mapping[str, Any]],
     report: Report,
 ) -> Iterator[Built]:
     """Every target x precision x lowering, written under `variants/`. `conditions`: what each target's recipe knows of
-    the host; `planned`: how `auto` is lowered, which no recipe can say."""
+    the host; `planned`: what `auto` is lowered with, which no recipe can say."""
     records = record_sites(rewritten)
     (folder / "variants").mkdir()
     plans = [
@@ -61,11 +62,11 @@ def build_candidates(
 
 
 def _planned(
-    target: Target, canonical: CanonicalModel, conditions: Conditions, planned: Alternative
+    target: Target, canonical: CanonicalModel, conditions: Conditions, arguments: Mapping[str, Any]
 ) -> Alternative:  # fmt: skip
     """As INT8 is lowered by default, but for what the plan says."""
     default = RECIPES[target].alternatives(canonical, Precision.INT8, conditions)[0]
-    return replace(default, arguments={**default.arguments, **planned.arguments})
+    return replace(default, arguments={**default.arguments, **arguments})
 
 
 @contextlib.contextmanager

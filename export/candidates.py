@@ -15,7 +15,7 @@ from attn_deploy.export.canonical import CanonicalModel, save_model
 from attn_deploy.export.lower import RECIPES
 from attn_deploy.export.lower.lowered import Alternative, Lowered
 from attn_deploy.export.precision.calibration import OpenModel
-from attn_deploy.export.precision.statistics import save_statistics
+from attn_deploy.export.precision.statistics import Statistics, save_statistics
 from attn_deploy.plan_file import encode_plan
 from attn_deploy.precision_plan import PrecisionPlan
 from attn_deploy.session import Array
@@ -27,12 +27,23 @@ BYTES_PER_MB = 1_000_000
 @dataclass(frozen=True)
 class Means:
     """What lowering to INT8 calibrates with, and the modules whose layers it leaves alone. `plan`: the user's own, by
-    the nodes of the model."""
+    the nodes of the model; `prepared`: without one what INT8 for the CPU follows. `statistics`: of what that needs."""
 
     calibration: Callable[[], Iterable[Mapping[str, Array]]] | None = None
     open_model: OpenModel | None = None
     exclude: Sequence[str] = ()
     plan: PrecisionPlan | None = None
+    prepared: PrecisionPlan | None = None
+    statistics: Statistics | None = None
+
+    def given(self, target: Target, precision: Precision) -> dict[str, Any]:
+        """Keywords of a recipe's `lower`."""
+        found: dict[str, Any] = {}
+        if target is Target.ONNXRUNTIME_CPU and precision.quantized:
+            found = {"plan": self.prepared, "statistics": self.statistics}
+        if self.plan is not None and (precision.quantized or target.on_gpu):
+            found["plan"] = self.plan
+        return found
 
 
 @dataclass(frozen=True)
@@ -63,12 +74,14 @@ def lowered_candidates(
         target, precision, alternative = plan.target, plan.precision, plan.alternative
         asked = (target, precision, alternative.arguments)
         if before is None or before[0] != asked:
-            given = {"plan": means.plan} if means.plan is not None and (precision.quantized or target.on_gpu) else {}
             lowered = RECIPES[target].lower(
                 canonical, Precision.INT8 if precision is Precision.AUTO else precision, calibration=means.calibration,
-                open_model=means.open_model, exclude=means.exclude, **{**given, **alternative.arguments},
+                open_model=means.open_model, exclude=means.exclude,
+                **{**means.given(target, precision), **alternative.arguments},
             )  # fmt: skip
             before = (asked, lowered)
+            if target is Target.ONNXRUNTIME_CPU and lowered.statistics is not None:
+                means = replace(means, statistics=lowered.statistics)
         lowered = replace(before[1], options={**before[1].options, **alternative.options})
         yield _built(plan, folder, lowered, canonical), lowered
 

@@ -24,6 +24,10 @@ BLOCKS_SINCE = (1, 22)
 LAYOUT, BLOCKED = "layout", "blocked"
 """The one option of a variant's session: gates inside ONNX Runtime's blocked layout (onnxruntime_blocked)."""
 
+SPINNING, OFF = "spinning", "0"
+"""What a caller may add: threads that wait for work sleep. A host that other processes use too is faster so (bench,
+`loaded`), an idle one slower."""
+
 _DTYPES = {
     "tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16", "tensor(int64)": "int64",
     "tensor(int32)": "int32", "tensor(uint8)": "uint8", "tensor(int8)": "int8", "tensor(bool)": "bool",
@@ -83,12 +87,13 @@ def open_session(
     library: bool = False,
     options: Mapping[str, str] | None = None,
 ) -> OnnxRuntimeSession:
-    """`options` are empty, or {"layout": "blocked"}: the graph that `prepare` made for this host runs where it is in
-    the device cache, else the stock graph, which a RuntimeWarning says.
+    """`options` may hold {"layout": "blocked"}: the graph that `prepare` made for this host runs where it is in the
+    device cache, else the stock graph, which a RuntimeWarning says; and {"spinning": "0"}.
 
     Raises UnavailableError without onnxruntime, AttnDeployError when it rejects the model."""
-    session = _blocked(model, threads, library) if _asks_blocked(options) else None
-    session = session or create_session(model, cpu_settings(threads, library))
+    spins = (options or {}).get(SPINNING) != OFF
+    session = _blocked(model, threads, library, spins) if _asks_blocked(options) else None
+    session = session or create_session(model, _waiting(cpu_settings(threads, library), spins))
     return OnnxRuntimeSession(
         session, inputs or tensor_specs(session.get_inputs()), outputs or tensor_specs(session.get_outputs())
     )
@@ -105,18 +110,26 @@ def prepare(model: Path, *, library: bool = False, options: Mapping[str, str] | 
 
 
 def _asks_blocked(options: Mapping[str, str] | None) -> bool:
-    assert not options or dict(options) == {LAYOUT: BLOCKED}, options
-    return bool(options)
+    asked = {name: value for name, value in (options or {}).items() if name != SPINNING}
+    assert asked in ({}, {LAYOUT: BLOCKED}), options
+    return bool(asked)
 
 
-def _blocked(model: bytes | Path, threads: int | None, library: bool) -> Any:
+def _waiting(settings: Any, spins: bool) -> Any:
+    """The settings, with how threads wait for work in them."""
+    if not spins:
+        settings.add_session_config_entry("session.intra_op.allow_spinning", OFF)
+    return settings
+
+
+def _blocked(model: bytes | Path, threads: int | None, library: bool, spins: bool) -> Any:
     """ONNX Runtime's session of the rewritten graph; None, with a warning, where the stock one has to do."""
     from attn_deploy.runtimes import onnxruntime_blocked
 
     found = onnxruntime_blocked.find(model)
     if isinstance(found, bytes):
         try:
-            return create_session(found, onnxruntime_blocked.settings(threads))
+            return create_session(found, _waiting(onnxruntime_blocked.settings(threads), spins))
         except AttnDeployError as error:
             found = f"{error.what}: {error.got}"
     warnings.warn(f"gates run outside the blocked layout here: {found}", RuntimeWarning, stacklevel=3)

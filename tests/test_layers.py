@@ -41,6 +41,7 @@ LAYERS: list[set[str]] = [
     {"reference"},
     {"cli_output", "loading", "pipeline", "run_alone"},
     {"graph_export"},
+    {"planning"},
     {"options"},
     {"intent", "measuring", "relowering", "searching", "verdict"},
     {"heatmap", "localizing", "peers", "proving", "tuning"},

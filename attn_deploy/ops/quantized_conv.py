@@ -89,21 +89,20 @@ def _form(depthwise: bool, stride: int, residual: bool, activation: str) -> Form
 
 
 def _body(depthwise: bool, stride: int, residual: bool, activation: str) -> str:
-    """Convolution of ONNX between DequantizeLinear and QuantizeLinear, channels first. Padding is done on the levels, so
-    that those stand right beside it."""
+    """Convolution of ONNX on what the levels stand for, channels first. Padding is done on the levels."""
     pads = [f"{name} = Constant <value_int: int = @{name}> ()" for name in PADS]
     groups = ", group: int = @channels" if depthwise else ""  # as many groups as channels
     return lines(
+        *maps.constants(),
         "x_first = Transpose <perm: ints = [0, 3, 1, 2]> (x)",
         *pads,
         "none = Constant <value_int: int = 0> ()",
-        "first = Constant <value_ints: ints = [0]> ()",
-        *(f"{name}_1 = Unsqueeze ({name}, first)" for name in ("none", *PADS)),
+        *(f"{name}_1 = Unsqueeze ({name}, map_first)" for name in ("none", *PADS)),
         "pads = Concat <axis: int = 0> (none_1, none_1, pad_top_1, pad_left_1, none_1, none_1, pad_bottom_1, "
         "pad_right_1)",
-        "x_zero_0 = Squeeze (x_zero, first)",
-        "padded = Pad (x_first, pads, x_zero_0)",
-        *maps.real_statements("padded", "x", 1, "real"),
+        "padding = Squeeze (x_zero, map_first)",
+        "padded = Pad (x_first, pads, padding)",
+        *maps.real_statements("padded", "x", "real", channels_first=True),
         "weight_first = Transpose <perm: ints = [0, 3, 1, 2]> (weight)",
         f"weight_zero = Constant <value_int: int = {maps.WEIGHT_ZERO}> ()",
         "weight_zero_u8 = Cast <to: int = 2> (weight_zero)",
@@ -122,13 +121,13 @@ def _end_statements(residual: bool, activation: str) -> tuple[str, ...]:
     value = "sum"
     if residual:
         steps.append("residual_first = Transpose <perm: ints = [0, 3, 1, 2]> (residual)")
-        steps += maps.real_statements("residual_first", "residual", 1, "residual_real")
+        steps += maps.real_statements("residual_first", "residual", "residual_real", channels_first=True)
         steps.append("total = Add (sum, residual_real)")
         value = "total"
     if activation:
         steps += statements(activation, value, "activated")
         value = "activated"
-    return (*steps, *maps.levels_statements(value, "y", 1, "levels"))
+    return (*steps, *maps.levels_statements(value, "y", "levels", channels_first=True))
 
 
 FORMS = tuple(

@@ -55,7 +55,8 @@ def _form(activation: str) -> Form:
         rows = layer_norm.reference(x, norm_scale, norm_bias, epsilon)
         first = quantized.product(rows, weight1, weight1_scale) + bias1.astype(np.float64)
         hidden = activations.ACTIVATIONS[activation](first)
-        grouped = quantized.rows_of_levels(hidden.reshape(*x.shape[:-1], groups, -1)).reshape(hidden.shape)
+        parts = hidden.reshape(*x.shape[:-1], groups, hidden.shape[-1] // groups)
+        grouped = quantized.rows_of_levels(parts).reshape(hidden.shape)
         second = grouped @ quantized.weights(weight2, weight2_scale)
         return (x.astype(np.float64) + second + bias2.astype(np.float64),)
 

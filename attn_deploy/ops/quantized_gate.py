@@ -47,13 +47,14 @@ def _gate(residual: bool, activation: str) -> Form:
         return (maps.levels_of(ACTIVATIONS[activation](total), y_scale, y_zero),)
 
     steps = [
-        *maps.real_statements("x", "x", 3, "real"),
+        *maps.constants(),
+        *maps.real_statements("x", "x", "real", channels_first=False),
         "gate_last = Transpose <perm: ints = [0, 2, 3, 1]> (gate)",
         "gated = Mul (real, gate_last)",
     ]
     value = "gated"
     if residual:
-        steps += maps.real_statements("residual", "residual", 3, "residual_real")
+        steps += maps.real_statements("residual", "residual", "residual_real", channels_first=False)
         steps.append("total = Add (gated, residual_real)")
         value = "total"
     if activation:
@@ -67,7 +68,7 @@ def _gate(residual: bool, activation: str) -> Form:
         inputs=tuple(inputs),
         outputs=("output",),
         attributes={"channels": int},
-        body=lines(*steps, *maps.levels_statements(value, "y", 3, "output")),
+        body=lines(*steps, *maps.levels_statements(value, "y", "output", channels_first=False)),
         reference=reference,
         infer_shapes=infer_shapes,
         multiply_adds=lambda x, *others, **attributes: math.prod(x),
@@ -93,7 +94,8 @@ POOL = Form(
     outputs=("output",),
     attributes={"channels": int},
     body=lines(
-        *maps.real_statements("x", "x", 3, "real"),
+        *maps.constants(),
+        *maps.real_statements("x", "x", "real", channels_first=False),
         "real_first = Transpose <perm: ints = [0, 3, 1, 2]> (real)",
         "output = GlobalAveragePool (real_first)",
     ),

@@ -39,21 +39,37 @@ def check(name: str, channels: int, scale: Shape, zero: Shape) -> None:
     require(zero == (1,), f"{name}_zero must be [1], got {zero}")
 
 
-def zeros_statements(name: str) -> tuple[str, ...]:
-    """{name}_zeros: the zero point once for each scale, as QuantizeLinear and DequantizeLinear of ONNX have them."""
-    return (f"{name}_count = Shape ({name}_scale)", f"{name}_zeros = Expand ({name}_zero, {name}_count)")
-
-
-def real_statements(levels: str, name: str, axis: int, result: str) -> tuple[str, ...]:
-    """`result` = what `levels` stand for, by the inputs {name}_scale and {name}_zero."""
+def constants() -> tuple[str, ...]:
+    """Statements whose results the others read: once in a body, first."""
     return (
-        *zeros_statements(name),
-        f"{result} = DequantizeLinear <axis: int = {axis}> ({levels}, {name}_scale, {name}_zeros)",
+        "map_one = Constant <value_float: float = 1.0> ()",
+        "map_first = Constant <value_ints: ints = [0]> ()",
+        "map_channel = Constant <value_ints: ints = [-1, 1, 1]> ()",
     )
 
 
-def levels_statements(values: str, name: str, axis: int, result: str) -> tuple[str, ...]:
+def _scale_statements(name: str, *, channels_first: bool) -> tuple[str, ...]:
+    """{name}_each, which broadcasts over a map, and {name}_zero_point, a scalar.
+
+    Scales are multiplied beside DequantizeLinear and QuantizeLinear: ONNX Runtime makes one operator of a convolution
+    between two of these, and refuses to run it where they have a scale for each channel.
+    """
+    each = f"Reshape ({name}_scale, map_channel)" if channels_first else f"Identity ({name}_scale)"
+    return (f"{name}_each = {each}", f"{name}_zero_point = Squeeze ({name}_zero, map_first)")
+
+
+def real_statements(levels: str, name: str, result: str, *, channels_first: bool) -> tuple[str, ...]:
+    """`result` = what `levels` stand for, by the inputs {name}_scale and {name}_zero."""
     return (
-        *zeros_statements(name),
-        f"{result} = QuantizeLinear <axis: int = {axis}> ({values}, {name}_scale, {name}_zeros)",
+        *_scale_statements(name, channels_first=channels_first),
+        f"{name}_steps = DequantizeLinear ({levels}, map_one, {name}_zero_point)",
+        f"{result} = Mul ({name}_steps, {name}_each)",
+    )
+
+
+def levels_statements(values: str, name: str, result: str, *, channels_first: bool) -> tuple[str, ...]:
+    return (
+        *_scale_statements(name, channels_first=channels_first),
+        f"{name}_steps = Div ({values}, {name}_each)",
+        f"{result} = QuantizeLinear ({name}_steps, map_one, {name}_zero_point)",
     )

@@ -57,8 +57,9 @@ def _inspection(found: Inspection, all_sites: bool) -> RenderableType:
         parts += [Text(f"{v.id}: {implementations(v.sites)}") for v in found.variants if v.sites]
         parts += [Text(f"{v.id}: {_counts(v.operators)}", style="dim") for v in found.variants if v.operators]
         parts += [Text(_tuned(v.id, v.tuning)) for v in found.variants if v.tuning is not None]
-        for variant in (v for v in found.variants if v.plan is not None):
-            parts += [Text(f"\nprecision plan of {variant.id}", style="bold"), *plan_tables(variant.plan)]
+        for variant in found.variants:
+            if variant.plan is not None:
+                parts += [Text(f"\nprecision plan of {variant.id}", style="bold"), *plan_tables(variant.plan)]
     parts += [Text(f"{map_.file or (map_.module or '(top level)')}: {map_.shows}") for map_ in found.heatmaps]
     return Group(*parts)
 

@@ -4,7 +4,7 @@
 
 Goes on from build/cifar_nets/NAME.pt, written after every epoch, when it was stopped; it is removed at the end. No
 epoch or seed is picked by the test images: the last epoch's weights are the ones written. The same host and versions
-make the same weights again.
+make the same weights again. Products are in BF16 (1.6 times as fast as FP32 on a CPU that has it), weights in FP32.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from cifar_nets import HERE, PREPROCESS, images, record_file, weights_file
 from cifar_nets.network import ATTENTIONS, CifarNet
 
 SEED = 0
-EPOCHS = 18
+EPOCHS = 12
 BATCH = 128
 MAX_LEARNING_RATE = 0.2
 WEIGHT_DECAY = 5e-4
 SMOOTHING = 0.1
-SHIFT = 4
+SHIFT = 2
 """Pixels by which a training image moves at most; what moves in is its mirror image."""
 
 PREPARED = read_preprocess(PREPROCESS)
-THREADS = 2
+THREADS = 1
 CHECKPOINTS = HERE.parents[1] / "build" / "cifar_nets"
 
 Turn = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -140,7 +140,9 @@ class Run:
         return total / self.steps_per_epoch
 
     def _step(self, image: Tensor, labels: Tensor) -> float:
-        loss = F.cross_entropy(self.network(image), labels, label_smoothing=SMOOTHING)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.network(image)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=SMOOTHING)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -49,7 +49,7 @@ def alternatives(canonical: CanonicalModel, precision: Precision, conditions: Co
     tuned = conditions.tuned.get(Precision.FP32 if precision is Precision.FP16 else precision)
     kernels = conditions.kernels
     units = _units(canonical, precision, conditions)
-    if kernels and any(_runs_something(unit, kernels) for unit in units):
+    if _run_something(canonical, units, kernels):
         if tuned is not None and _is_mixture(units, tuned):
             found.append(Alternative("-tuned", {"native": kernels, "fuse": tuned}))
         found.append(Alternative("-native", {"native": kernels}))
@@ -67,9 +67,14 @@ def _units(canonical: CanonicalModel, precision: Precision, conditions: Conditio
     return fusible_units(canonical, conditions.kernels, plan)
 
 
-def _runs_something(unit: Unit, kernels: frozenset[str]) -> bool:
-    """Whether it is not made of bodies alone."""
-    return STOCK in unit.levels or any(name.startswith("QuantizedLinear") for name in kernels)
+def _run_something(canonical: CanonicalModel, units: Sequence[Unit], kernels: frozenset[str]) -> bool:
+    """Whether kernels run anything of the units: a level besides stock is a kernel's, but in INT8 bodies run too, and a
+    kernel has to be there for a site or a layer."""
+    if any(STOCK in unit.levels for unit in units):
+        return bool(kernels)
+    sites = {site.operator for site in canonical.sites}
+    layers = {name for name in kernels if name in FORMS and FORMS[name].operator == "QuantizedLinear"}
+    return bool(units) and bool(layers or sites & kernels)
 
 
 def _is_mixture(units: Sequence[Unit], tuned: Mapping[str, str]) -> bool:

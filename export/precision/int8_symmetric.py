@@ -29,7 +29,7 @@ from attn_deploy.export.precision.plan import (
 )
 from attn_deploy.export.precision.ranges import RangeMethod
 from attn_deploy.export.precision.statistics import Statistics, ValueStatistics, Wanted, collect_statistics
-from attn_deploy.export.precision.symmetric_choice import LayerLoss, choose, measure_layers, output_axis
+from attn_deploy.export.precision.symmetric_choice import choose, measure_layers, output_axis
 from attn_deploy.export.precision.symmetric_format import FP8, INT8, SymmetricFormat
 from attn_deploy.precision_plan import LayerPlan, PrecisionPlan, Scheme
 from attn_deploy.session import Array
@@ -128,18 +128,16 @@ def int8_symmetric(
     if not names:
         return plan
     found = _statistics(model, names, batches, open_model, statistics)
-    losses = [
-        loss
-        for form in FORMATS.values()
-        for loss in measure_layers(
-            model, [n for n, own in _planned(model, plan) if own is form], found, batches, open_model, form
-        )
-    ]
-    chosen = choose(losses) if method is None else {}
+    lossy: list[tuple[float, str]] = []
+    limits: dict[SymmetricFormat, dict[str, float]] = {}
+    for form in FORMATS.values():
+        layers = [node for node, own in _planned(model, plan) if own is form]
+        losses = measure_layers(model, layers, found, batches, open_model, form)
+        chosen = choose(losses) if method is None else dict.fromkeys(names, method)
+        lossy += [(loss.sqnr_db(chosen[loss.value]), loss.layer) for loss in losses]
+        limits[form] = {name: found[name].limit(chosen.get(name, ATTENTION_RANGE)) for name in names}
     if not settled:
-        plan = _without_lossy(model, plan, losses, chosen, method)
-    default = method or ATTENTION_RANGE
-    limits = {name: found[name].limit(chosen.get(name, default)) for name in names}
+        plan = _without_lossy(model, plan, lossy)
     quantize_symmetric(model, plan, limits, attention=attention)
     return plan
 
@@ -155,44 +153,40 @@ def _statistics(
     return held
 
 
-def _without_lossy(
-    model: ir.Model, plan: PrecisionPlan, losses: Sequence[LayerLoss], chosen: Mapping[str, RangeMethod],
-    method: RangeMethod | None,
-) -> PrecisionPlan:  # fmt: skip
-    """The plan with the worst layers in FP32, as far as there is room for them."""
+def _without_lossy(model: ir.Model, plan: PrecisionPlan, layers: Sequence[tuple[float, str]]) -> PrecisionPlan:
+    """The plan with the worst of the `layers`, each with its SQNR in dB, in floating point, as far as there is room."""
     work = {str(n.name): multiply_adds(n) for n in weighted_nodes(model)}
     exempt = sum(work.get(p.layer, 0) for p in plan.layers if not p.scheme.quantizes)
     room = MAX_EXEMPT_SHARE * sum(work.values()) - exempt
     lossy = {}
-    for sqnr_db, loss in sorted(((x.sqnr_db(method or chosen[x.value]), x) for x in losses), key=lambda x: x[0]):
-        if sqnr_db < LAYER_MIN_SQNR_DB and work[loss.layer] <= room:
-            room -= work[loss.layer]
-            lossy[loss.layer] = f"{Exempt.LOSS} ({sqnr_db:.1f} dB alone)"
+    for sqnr_db, layer in sorted(layers):
+        if sqnr_db < LAYER_MIN_SQNR_DB and work[layer] <= room:
+            room -= work[layer]
+            lossy[layer] = f"{Exempt.LOSS} ({sqnr_db:.1f} dB alone)"
     layers = tuple(
         replace(p, scheme=Scheme.FLOAT, reason=lossy[p.layer]) if p.layer in lossy else p for p in plan.layers
     )
     return replace(plan, layers=layers)
 
 
-def quantize_symmetric(
-    model: ir.Model, plan: PrecisionPlan, limits: Mapping[str, float], *, attention: bool = False
-) -> None:
-    """Puts the pairs into the graph, in place. `limits`: the |x| of the last level by value name."""
+def quantize_symmetric(model: ir.Model, plan: PrecisionPlan, limits: Limits, *, attention: bool = False) -> None:
+    """Puts the pairs into the graph, in place. `limits`: by format the |x| of the last level by value name."""
     products = attention_products(model) if attention else []
     pairs: Pairs = {}
     for node, form in _planned(model, plan):
-        _quantize_input(model, node, 0, limits, pairs, form)
+        _quantize_input(model, node, 0, limits[form], pairs, form)
         _quantize_weight(model, node, form)
     for each in products:
         fixed = {_name(each.second.inputs[0]): SOFTMAX_LIMIT}
         for node in (each.first, each.second):
             for index in (0, 1):
-                _quantize_input(model, node, index, {**limits, **fixed}, pairs, INT8)
+                _quantize_input(model, node, index, {**limits[INT8], **fixed}, pairs, INT8)
     for each in products:
-        _quantize_output(model, each.second, limits, pairs)
+        _quantize_output(model, each.second, limits[INT8], pairs)
     drop_unused_initializers(model)
 
 
+Limits = Mapping[SymmetricFormat, Mapping[str, float]]
 Pairs = dict[tuple[ir.Value, SymmetricFormat], ir.Value]
 
 

@@ -6,6 +6,7 @@ goes around, since inside of it one layer's rounding is the next one's input: a 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import onnx_ir as ir
 from attn_deploy.export.canonical import CanonicalModel
 from attn_deploy.export.lower.cpu_units import STOCK, fusible_units
 from attn_deploy.export.precision.calibration import OpenModel, Run
+from attn_deploy.ops import DOMAIN
 from attn_deploy.parity import EXACT_DB, Moments
 from attn_deploy.plan_file import is_below
 from attn_deploy.precision_plan import PrecisionPlan
@@ -71,15 +73,33 @@ def levels_under(
 
 
 def residual_modules(model: ir.Model) -> frozenset[str]:
-    """Modules whose own code adds two computed values of one shape: what goes around them, and what they hold."""
+    """Modules around which a residual sum goes: whose own code adds two computed values of one shape, or what a gate
+    that adds a residual and the layer before it are both in."""
     found = set()
     for node in model.graph:
-        if node.op_type != "Add" or node.domain or any(i is None or i.const_value is not None for i in node.inputs):
-            continue
-        shapes = [None if i is None or i.shape is None else tuple(map(str, i.shape)) for i in node.inputs]
-        if len(set(shapes)) == 1 and len(shapes[0] or ()) > 2:
-            found.add(_module(str(node.name)))
+        module = _module(str(node.name))
+        if node.domain == DOMAIN and "Residual" in node.op_type:
+            found.add(_shared(module, _module_before(node)))
+        elif node.op_type == "Add" and not node.domain and _adds_computed(node):
+            found.add(module)
     return frozenset(found - {""})
+
+
+def _adds_computed(node: ir.Node) -> bool:
+    shapes = {None if i is None or i.shape is None else tuple(map(str, i.shape)) for i in node.inputs}
+    constant = any(i is None or i.const_value is not None for i in node.inputs)
+    return not constant and len(shapes) == 1 and len(next(iter(shapes)) or ()) > 2
+
+
+def _module_before(node: ir.Node) -> str:
+    first = node.inputs[0]
+    producer = None if first is None else first.producer()
+    return "" if producer is None else _module(str(producer.name))
+
+
+def _shared(one: str, other: str) -> str:
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return ".".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _block_of(module: str, blocks: Collection[str]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import attn_deploy.demo as demo
-from attn_deploy import cli, latency, measuring, proving, tuning
+from attn_deploy import cli, latency, measuring, proving, searching, tuning
 
 sys.path.insert(0, str(Path(__file__).parent))  # for tiny_models, as a source and in tests
 
@@ -49,7 +49,10 @@ def short_latency() -> Iterator[None]:
         patch.setattr(proving, "measure", functools.partial(latency.measure, warmup_s=0.02, pause_s=0.0))
         patch.setattr("attn_deploy.validation.LATENCY_BUDGET_S", 1.0)
         patch.setattr("attn_deploy.graph_export.TUNING_BUDGET_S", 1.0)
-        patch.setattr(tuning, "measure", functools.partial(latency.measure, warmup_s=0.02, pause_s=0.0))
+        for module in (tuning, searching):
+            patch.setattr(module, "measure", functools.partial(latency.measure, warmup_s=0.02, pause_s=0.0))
+        patch.setattr(searching, "GAIN_SECONDS", 0.5)
+        patch.setattr(searching, "POINT_SECONDS", 0.1)
         patch.setenv("COLUMNS", "200")
         yield
 

@@ -173,20 +173,6 @@ def test_two_layers_with_one_weight_keep_one_tensor() -> None:
     assert shapes[16, 24] == 1
 
 
-def test_other_precisions_keep_their_linear_layers() -> None:
-    canonical = exported("PostNormEncoder").canonical
-    int8 = onnxruntime_cpu.lower(canonical, Precision.INT8, native=ALL).model
-    assert operators(int8) == {"AttentionMask": 2}
-    assert Counter(n.op_type for n in int8.graph)["MatMulIntegerToFloat"] == 12
-    stock = onnxruntime_cpu.lower(canonical, Precision.INT8, native=ALL, fuse={}).model
-    assert operators(stock) == {}
-    assert operators(onnxruntime_cpu.lower(canonical, Precision.FP16).model) == {}
-    kernels = Conditions(kernels=ALL)
-    assert [a.suffix for a in onnxruntime_cpu.alternatives(canonical, Precision.FP16, kernels)] == [""]
-    (_, native) = onnxruntime_cpu.alternatives(canonical, Precision.INT8, kernels)
-    assert native.arguments == {"native": frozenset({"AttentionMask"})}
-
-
 def test_alternatives_are_offered_where_the_library_can_run_something() -> None:
     canonical = exported("PostNormEncoder").canonical
 

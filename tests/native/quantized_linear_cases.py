@@ -67,8 +67,8 @@ class QuantizedLinear:
         rows = layer_norm.reference(x, others[0], others[1], EPSILON) if self.norm else x.astype(np.float64)
         levels = quantize_rows(rows, NEAR)
         values = quantized.weights(weight, weight_scale)
-        # An activation's slope is 1.13 at most.
-        unsure = 1.2 * (levels.unsure * levels.scale) @ np.abs(values)
+        # Hardswish has the steepest slope, 1.5.
+        unsure = 1.5 * (levels.unsure * levels.scale) @ np.abs(values)
         magnitude = np.abs(levels.values) @ np.abs(values) + 4
         attributes = {"epsilon": EPSILON} if self.norm else {}
         (expected,) = FORMS[self.form].reference(*arrays, **attributes)

@@ -16,6 +16,7 @@ from attn_deploy.built import Built
 from attn_deploy.errors import UnavailableError
 from attn_deploy.latency import Comparison, Measurement
 from attn_deploy.progress import Silent
+from attn_deploy.report.levels import tuning_sentence
 from attn_deploy.runtimes.onnxruntime_profile import nodes_by_call
 from attn_deploy.session import TensorSpec
 from attn_deploy.target import Precision, Target
@@ -192,14 +193,51 @@ def test_the_candidate_at_the_kept_levels_is_told_by_its_id(uniform: str | None,
     assert not is_tuned(candidate(suffix, Precision.INT8), found)
 
 
-def test_int8_gets_the_faster_of_what_it_can_be() -> None:
-    slow, fast = group(stock=1.0, site=1.2, block=1.3), group(stock=1.0, site=0.5, block=0.4)
-    fast = GroupTimes(("c", "d"), fast.samples_us)
-    mixed = {"a": "stock", "b": "stock"}
-    assert tuned_levels(tuned(None, slow, fast)) == {
-        Precision.FP32: mixed | {"c": "block", "d": "block"},
-        Precision.INT8: mixed | {"c": "site", "d": "site"},
-    }
+def in_both(**median_ms: float) -> GroupTimes:
+    """Of units with levels in INT8, called c and d; `linear_int8` is the level linear-int8."""
+    return GroupTimes(("c", "d"), group(**{k.replace("_", "-"): v for k, v in median_ms.items()}).samples_us)
+
+
+def test_each_precision_gets_the_faster_of_its_own_levels() -> None:
+    """In INT8 a unit without a level in INT8 is what is fastest in floating point."""
+    gate = group(stock=1.0, site=0.8)
+    for times, floating, int8 in (
+        ({"stock": 1.0, "block": 0.5, "linear_int8": 0.3, "block_int8": 0.2}, "block", "block"),
+        ({"stock": 1.0, "block": 0.5, "linear_int8": 0.3, "block_int8": 0.35}, "block", "linear"),
+        ({"stock": 1.0, "block": 1.5, "linear_int8": 1.3, "block_int8": 1.2}, "stock", "block"),
+    ):
+        both = in_both(**times)
+        levels = {unit: level for unit, level in (("c", floating), ("d", floating), ("a", "site"), ("b", "site"))}
+        found = Tuned(levels, None, "block", (gate, both), None, threads=2, batch=1)
+        assert tuned_levels(found) == {
+            Precision.FP32: levels,
+            Precision.INT8: {"a": "site", "b": "site", "c": int8, "d": int8},
+        }
+
+
+@pytest.mark.parametrize(
+    ("block_int8", "suffix"), [(0.2, "-native"), (0.4, "-tuned")], ids=["the coarsest", "a finer level"]
+)
+def test_the_candidate_in_int8_at_the_kept_levels_is_told_by_its_id(block_int8: float, suffix: str) -> None:
+    gate = group(stock=1.0, site=0.8)
+    both = in_both(stock=1.0, block=0.5, linear_int8=0.3, block_int8=block_int8)
+    found = Tuned({}, None, "block", (gate, both), None, threads=2, batch=1)
+    suffixes = ("", "-native", "-tuned", "-blocked")
+    assert [s for s in suffixes if is_tuned(candidate(s, Precision.INT8), found)] == [suffix]
+    only_floating = Tuned({}, None, "block", (gate,), None, threads=2, batch=1)
+    assert not any(is_tuned(candidate(s, Precision.INT8), only_floating) for s in suffixes)
+
+
+def test_the_entry_of_each_precision_has_its_own_levels() -> None:
+    both = in_both(stock=1.0, block=0.5, linear_int8=0.3, block_int8=0.2)
+    found = Tuned({"c": "block", "d": "block"}, "block", "block", (both,), None, threads=2, batch=1)
+    (floating,), (int8,) = (found.entry(p).units for p in (Precision.FP32, Precision.INT8))
+    assert (floating.level, list(floating.times_us)) == ("block", ["stock", "block"])
+    assert (int8.level, list(int8.times_us)) == ("block-int8", ["stock", "block", "linear-int8", "block-int8"])
+    assert int8.gain == pytest.approx(5, rel=0.01)
+    sentence = tuning_sentence(found.entry(Precision.INT8))
+    assert "INT8" in sentence
+    assert "stock is kept" not in sentence
 
 
 def test_the_entry_has_a_row_for_alike_units_with_level_gain_and_every_time() -> None:

@@ -13,23 +13,29 @@
 
 namespace attn_deploy::native::ATTN_DEPLOY_ISA {
 
+// Of ints, which __m512i and __m256i are not: GCC 12 keeps each accumulator in two registers where the type changes in
+// the loop, and spills half of them.
 #if defined(__AVX512F__)
 
-using IntVec = __m512i;
-ATTN_DEPLOY_INLINE IntVec LoadInts(const int32_t* p) { return _mm512_loadu_si512(p); }
-ATTN_DEPLOY_INLINE IntVec BroadcastInt(int32_t v) { return _mm512_set1_epi32(v); }
-ATTN_DEPLOY_INLINE IntVec Multiply(IntVec a, IntVec b) { return _mm512_mullo_epi32(a, b); }
-ATTN_DEPLOY_INLINE Vec ToFloat(IntVec v) { return _mm512_cvtepi32_ps(v); }
+typedef int32_t IntVec __attribute__((vector_size(64)));
+ATTN_DEPLOY_INLINE IntVec LoadInts(const int32_t* p) { return reinterpret_cast<IntVec>(_mm512_loadu_si512(p)); }
+ATTN_DEPLOY_INLINE IntVec BroadcastInt(int32_t v) { return reinterpret_cast<IntVec>(_mm512_set1_epi32(v)); }
+ATTN_DEPLOY_INLINE IntVec Multiply(IntVec a, IntVec b) {
+  return reinterpret_cast<IntVec>(_mm512_mullo_epi32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+}
+ATTN_DEPLOY_INLINE Vec ToFloat(IntVec v) { return _mm512_cvtepi32_ps(reinterpret_cast<__m512i>(v)); }
 
 #elif defined(__AVX2__)
 
-using IntVec = __m256i;
+typedef int32_t IntVec __attribute__((vector_size(32)));
 ATTN_DEPLOY_INLINE IntVec LoadInts(const int32_t* p) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return reinterpret_cast<IntVec>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-ATTN_DEPLOY_INLINE IntVec BroadcastInt(int32_t v) { return _mm256_set1_epi32(v); }
-ATTN_DEPLOY_INLINE IntVec Multiply(IntVec a, IntVec b) { return _mm256_mullo_epi32(a, b); }
-ATTN_DEPLOY_INLINE Vec ToFloat(IntVec v) { return _mm256_cvtepi32_ps(v); }
+ATTN_DEPLOY_INLINE IntVec BroadcastInt(int32_t v) { return reinterpret_cast<IntVec>(_mm256_set1_epi32(v)); }
+ATTN_DEPLOY_INLINE IntVec Multiply(IntVec a, IntVec b) {
+  return reinterpret_cast<IntVec>(_mm256_mullo_epi32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+}
+ATTN_DEPLOY_INLINE Vec ToFloat(IntVec v) { return _mm256_cvtepi32_ps(reinterpret_cast<__m256i>(v)); }
 
 #else
 
@@ -52,11 +58,15 @@ constexpr int kLevelOffset = 0;  // what is taken from a level before it is stor
 
 #if defined(__AVX512VNNI__)
 ATTN_DEPLOY_INLINE IntVec Dot(IntVec sum, IntVec levels, IntVec weights) {
-  return _mm512_dpbusd_epi32(sum, levels, weights);
+  return reinterpret_cast<IntVec>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum),
+                                                      reinterpret_cast<__m512i>(levels),
+                                                      reinterpret_cast<__m512i>(weights)));
 }
 #else
 ATTN_DEPLOY_INLINE IntVec Dot(IntVec sum, IntVec levels, IntVec weights) {
-  return _mm256_dpbusd_avx_epi32(sum, levels, weights);
+  return reinterpret_cast<IntVec>(_mm256_dpbusd_avx_epi32(reinterpret_cast<__m256i>(sum),
+                                                          reinterpret_cast<__m256i>(levels),
+                                                          reinterpret_cast<__m256i>(weights)));
 }
 #endif
 
@@ -69,11 +79,18 @@ constexpr int kLevelOffset = 0;
 
 #if defined(__AVX512F__)
 ATTN_DEPLOY_INLINE IntVec Dot(IntVec sum, IntVec levels, IntVec weights) {
-  return _mm512_add_epi32(sum, _mm512_madd_epi16(levels, weights));
+  const __m512i products =
+      _mm512_madd_epi16(reinterpret_cast<__m512i>(levels), reinterpret_cast<__m512i>(weights));
+  // Written out, or GCC adds up the products of several steps first, and keeps them in memory till then.
+  __asm__("vpaddd %1, %0, %0" : "+v"(sum) : "v"(products));
+  return sum;
 }
 #else
 ATTN_DEPLOY_INLINE IntVec Dot(IntVec sum, IntVec levels, IntVec weights) {
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(levels, weights));
+  const __m256i products =
+      _mm256_madd_epi16(reinterpret_cast<__m256i>(levels), reinterpret_cast<__m256i>(weights));
+  __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products));
+  return sum;
 }
 #endif
 

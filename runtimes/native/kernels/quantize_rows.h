@@ -49,7 +49,7 @@ constexpr int64_t kLevelsPerStore = kVectorsPerStore * kLanes;
 // min(round(v * inverse) + zero, 255) less kLevelOffset, which is in `zero` already. v * inverse rounds to -zero at
 // least, so that nothing is below 0, and to 256 - zero at most.
 #if defined(__AVX512F__)
-ATTN_DEPLOY_INLINE IntVec RoundedPair(Vec a, Vec b, Vec inverse) {
+ATTN_DEPLOY_INLINE __m512i RoundedPair(Vec a, Vec b, Vec inverse) {
   return _mm512_packs_epi32(_mm512_cvtps_epi32(a * inverse), _mm512_cvtps_epi32(b * inverse));
 }
 #if defined(__AVX512VNNI__)
@@ -70,7 +70,7 @@ ATTN_DEPLOY_INLINE void StoreLevels(Level* to, const Vec (&v)[2], Vec inverse, i
 }
 #endif
 #elif defined(__AVX2__)
-ATTN_DEPLOY_INLINE IntVec RoundedPair(Vec a, Vec b, Vec inverse) {
+ATTN_DEPLOY_INLINE __m256i RoundedPair(Vec a, Vec b, Vec inverse) {
   return _mm256_packs_epi32(_mm256_cvtps_epi32(a * inverse), _mm256_cvtps_epi32(b * inverse));
 }
 #if defined(__AVXVNNI__)

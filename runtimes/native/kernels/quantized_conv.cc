@@ -215,7 +215,8 @@ ATTN_DEPLOY_INLINE int64_t Depth(const QuantizedConvPlan& p) { return p.kernel_h
 // Whether rows of the product stand in x as they are needed.
 ATTN_DEPLOY_INLINE bool ReadsInPlace(const QuantizedConvPlan& p) {
   return sizeof(Level) == 1 && kLevelOffset == 0 && p.kernel_height * p.kernel_width == 1 && p.stride == 1 &&
-         p.pad_top == 0 && p.pad_left == 0 && p.in % kGroup == 0;
+         p.pad_top == 0 && p.pad_left == 0 && p.out_height == p.height && p.out_width == p.width &&
+         p.in % kGroup == 0;
 }
 
 // Multiply-adds of a block of work: about 15 us with VNNI.
