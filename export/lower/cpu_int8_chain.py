@@ -26,6 +26,7 @@ from attn_deploy.export.precision.int8_chain import (
     is_depthwise,
     layers_of,
 )
+from attn_deploy.export.precision.map_means import rounding_shift
 from attn_deploy.export.precision.map_scales import STRENGTH, MapScale, map_scale
 from attn_deploy.export.precision.quantize_weight import quantize_weight
 from attn_deploy.export.precision.ranges import RangeMethod
@@ -47,18 +48,20 @@ def lower_chain(
     statistics: Statistics,
     kernels: Collection[str],
     *,
+    means: Mapping[str, Array] | None = None,
     strength: float = STRENGTH,
     method: RangeMethod = RangeMethod.MIN_MAX,
 ) -> frozenset[str]:
     """Puts the convolutions named `layers`, and what stands between them, into 8-bit maps, in place; returns those that
-    were: the others have no kernel. `statistics` of `wanted_for_chain`. The names of what runs start with those of the
+    were: the others have no kernel. `statistics` of `wanted_for_chain`; `means` of `read_by_convolutions`, with which
+    biases take back what the rounding of weights adds to the mean. The names of what runs start with those of the
     nodes that it stands for."""
     units = find_units(model, layers)
     done = layers_of(units)
     if len(done) < MIN_CONVOLUTIONS or not KERNELS <= frozenset(kernels):
         return frozenset()
     scales = _scales(units, statistics, strength, method)
-    emitter = _Emitter(model, scales)
+    emitter = _Emitter(model, scales, means or {})
     for unit in units:
         emitter.emit(unit)
     emitter.leave()
@@ -99,6 +102,7 @@ class _Emitter:
 
     model: ir.Model
     scales: Mapping[ir.Value, MapScale]
+    means: Mapping[str, Array]
     maps: dict[ir.Value, ir.Value] = field(default_factory=dict)
     _replaced: set[ir.Node] = field(default_factory=set)
 
@@ -173,11 +177,13 @@ class _Emitter:
         """weight, weight_scale, bias, x_scale, x_zero. The scales of several input channels become part of the weight,
         which leaves 1 of them."""
         scale = self.scales[x]
-        x_scale = scale.scale
+        x_scale, in_weight = scale.scale, np.ones(1, np.float32)
         if not depthwise and x_scale.size > 1:
-            weight = weight * x_scale[None, :, None, None]
-            x_scale = np.ones(1, np.float32)
-        quantized, weight_scale = quantize_weight(weight, axis=0)
+            x_scale, in_weight = in_weight, x_scale
+        quantized, weight_scale = quantize_weight(weight * in_weight[:, None, None], axis=0)
+        if str(x.name) in self.means:
+            rounded = quantized * weight_scale[:, None, None, None] / in_weight[:, None, None]
+            bias = bias - rounding_shift(weight, rounded, self.means[str(x.name)])
         stored = (quantized.astype(np.int16) + 128).astype(np.uint8).transpose(0, 2, 3, 1)
         return (
             self._constant(f"{name}/weight", stored),

@@ -7,7 +7,7 @@ gate before them, the gate's own vector is float32.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -131,6 +131,12 @@ def wanted_for_chain(model: ir.Model, layers: Collection[str]) -> list[Wanted]:
     return [Wanted(name, histogram=True, channel_axis=1) for name in names]
 
 
+def read_by_convolutions(model: ir.Model, layers: Collection[str]) -> list[str]:
+    """Names of the values that the chains' convolutions read, each once."""
+    found = [unit for unit in find_units(model, layers) if isinstance(unit, ConvUnit)]
+    return list(dict.fromkeys(str(unit.x.name) for unit in found))
+
+
 def is_depthwise(conv: ir.Node) -> bool:
     weight = constant_of(conv.inputs[1])
     groups = conv.attributes.get_int("group", 1)
@@ -242,7 +248,3 @@ def _has_plain_window(node: ir.Node) -> bool:
         isinstance(size, int) and (size - k) % _stride(node) == 0 for size, k in zip(sizes, kernel, strict=False)
     )
     return not any(pads) and len(set(kernel)) == 1 and kernel[0] <= MOST_TAPS and _stride(node) in STRIDES and whole
-
-
-def readers(value: ir.Value) -> Iterator[ir.Node]:
-    return (use.node for use in value.uses())

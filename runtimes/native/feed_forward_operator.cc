@@ -22,8 +22,9 @@ OrtStatus* FeedForwardKernel::CheckLayers(Layer first, Layer second) {
 }
 
 OrtStatus* FeedForwardKernel::Compute(OrtKernelContext* context) const {
-  InputTensor x;
-  ATTN_DEPLOY_RETURN_IF_ERROR(GetInput(Api(), context, 0, &x));
+  std::vector<InputTensor> inputs;
+  ATTN_DEPLOY_RETURN_IF_ERROR(GetInputs(context, &inputs));
+  const InputTensor& x = inputs[0];
   int64_t rows = 0;
   ATTN_DEPLOY_RETURN_IF_ERROR(CountRows(*this, x.shape, channels_, &rows));
   void* y = nullptr;

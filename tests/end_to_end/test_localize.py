@@ -46,7 +46,7 @@ def bundles(attn_deploy_cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> C
 def damaged(bundle: Path, out: Path, plant: Callable[[ir.Model], str]) -> tuple[Path, str]:
     """A copy of the bundle with a fault in its variant, whole as far as its hashes tell; and the module at fault."""
     shutil.copytree(bundle, out)
-    (file,) = (out / "variants").iterdir()
+    (file,) = (out / "variants").glob("*.onnx")
     model = ir.load(file)
     node_name = plant(model)
     ir.save(model, file)
@@ -106,7 +106,7 @@ def shifted_mask(model: ir.Model) -> str:
 def saturated_linear(model: ir.Model) -> str:
     """The scale of the int8 weight is a quarter of what it should be."""
     name = "blocks.1.mlp.fc1/MatMul"
-    change(model.graph.initializers[f"{name}/weight_scale"], lambda scale: scale / 4)
+    change(model.graph.initializers[f"{name}/fused/weight_scale"], lambda scale: scale / 4)
     return name
 
 

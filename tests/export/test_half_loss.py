@@ -93,7 +93,7 @@ def test_a_mask_among_the_inputs_is_not_made_larger() -> None:
     assert all(np.isfinite(value) for value in found.values())
 
 
-def test_a_batch_comes_back_as_one_number_per_activation_and_is_let_go() -> None:
+def test_a_batch_comes_back_as_two_numbers_per_sample_and_activation_and_is_let_go() -> None:
     sizes, alive = [], []
 
     def watched(model: ir.Model) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
@@ -115,7 +115,7 @@ def test_a_batch_comes_back_as_one_number_per_activation_and_is_let_go() -> None
             yield {"x": x}
 
     collect_magnitudes(network(MLP, **MLP_WEIGHTS), batches(), watched)
-    assert sizes == [9] * 6  # the first one larger as well
+    assert sizes == [2 * 9 * batch for batch in (1, 1, 2, 3, 4, 5)]  # the first one larger as well
     assert max(alive) <= 1
 
 

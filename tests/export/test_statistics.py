@@ -388,3 +388,9 @@ def test_a_method_without_its_histogram_is_an_error() -> None:
 def test_a_histogram_does_not_shrink() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         Histogram(np.ones(2 * BINS, np.int64), 3).widened(2)
+
+
+def test_a_bundles_file_is_read_without_its_model(tmp_path: Path) -> None:
+    found = collected(samples(2), 2)
+    save_statistics(found, tmp_path / "s")
+    require_equal(load_statistics(tmp_path / "s", None), found)

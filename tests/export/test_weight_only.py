@@ -11,14 +11,23 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from attn_deploy.choice import share_fault
+from attn_deploy.export.canonical import save_model
+from attn_deploy.export.lower import onnxruntime_cpu
+from attn_deploy.export.lower.lowered import Conditions
 from attn_deploy.export.precision.insert import drop_unused_initializers
-from attn_deploy.export.precision.plan import weighted_nodes
+from attn_deploy.export.precision.plan import plan_int8, weighted_nodes
 from attn_deploy.export.precision.weight_only import BLOCK, quantize_blocks, quantize_in_blocks, weight_only_plan
+from attn_deploy.inputs import make_feeds
 from attn_deploy.parity import sqnr_db
 from attn_deploy.precision_plan import LayerPlan, PrecisionPlan, Scheme
+from attn_deploy.readback import dtype_shares
+from attn_deploy.runtimes import open_session, read_back
+from attn_deploy.target import Precision, Target
 
-sys.path.insert(0, str(Path(__file__).parent))  # for half_models
+sys.path.insert(0, str(Path(__file__).parent))  # for the models
 
+from cpu_models import exported
 from half_models import network, normal, run
 
 Array = np.ndarray[Any, Any]
@@ -113,3 +122,32 @@ def test_layers_with_activations_per_token_come_to_be_in_blocks() -> None:
     )
     schemes = [p.scheme for p in weight_only_plan(plan).layers]
     assert schemes == [Scheme.WEIGHT_ONLY, Scheme.STATIC, Scheme.FLOAT]
+
+
+# -- as a candidate ----------------------------------------------------------------------------------------------------
+
+
+def test_it_is_an_alternative_of_int8_where_the_runtime_has_the_kernel() -> None:
+    canonical = exported("VisionTransformer").canonical
+    plan = plan_int8(canonical.model)
+    for conditions, offered in ((Conditions(plan=plan, blocks=True), True), (Conditions(plan=plan), False)):
+        for precision in (Precision.INT8, Precision.FP32):
+            found = [a.suffix for a in onnxruntime_cpu.alternatives(canonical, precision, conditions)]
+            assert ("-weights" in found) == (offered and precision is Precision.INT8)
+
+
+def test_a_whole_model_multiplies_integers_for_the_promised_share(tmp_path: Path) -> None:
+    model = exported("PostNormEncoder")
+    conditions = Conditions(plan=plan_int8(model.canonical.model), blocks=True)
+    offered = onnxruntime_cpu.alternatives(model.canonical, Precision.INT8, conditions)
+    arguments = next(a.arguments for a in offered if a.suffix == "-weights")
+    lowered = onnxruntime_cpu.lower(model.canonical, Precision.INT8, **arguments)
+    assert set(lowered.plan.counts) == {"int8-weights", "float"}
+    (path, *_) = save_model(lowered.model, tmp_path / "model.onnx")
+    feeds = make_feeds(model.captured.inputs, batch=3, seed=3)
+    (expected,) = model.captured.reference(feeds).values()
+    (got,) = open_session(Target.ONNXRUNTIME_CPU, path).run(feeds).values()
+    assert sqnr_db(expected, got) > 30
+    nodes = read_back(Target.ONNXRUNTIME_CPU, path, feeds)
+    _, weighted = dtype_shares(nodes, [site.node for site in model.canonical.sites])
+    assert share_fault(Target.ONNXRUNTIME_CPU, Precision.INT8, weighted) is None

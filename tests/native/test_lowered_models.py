@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from attn_deploy.export.lower import onnxruntime_cpu
 from attn_deploy.export.lower.cpu_units import LEVELS
 from attn_deploy.export.site_parity import record_sites, site_cases
 from attn_deploy.inputs import make_feeds
@@ -18,6 +19,7 @@ from attn_deploy.parity import sqnr_db
 from attn_deploy.readback import dtype_shares, site_runs
 from attn_deploy.runtimes import native
 from attn_deploy.runtimes.onnxruntime_profile import profiled_nodes
+from attn_deploy.target import Precision
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "export"))  # for cpu_models
 
@@ -75,3 +77,23 @@ def test_every_operator_of_ours_runs_as_a_kernel(
     assert all(run.implementation.startswith("native:") for run in runs)
     everything, weighted = dtype_shares(nodes, [site.node for site in model.canonical.sites])
     assert everything == weighted == {"float32": 1.0}
+
+
+@pytest.mark.parametrize("name", [model.__name__ for model in TRANSFORMERS])
+def test_weights_that_are_stored_in_fp16_meet_the_same_kernels(
+    name: str, library: Path, kernels: frozenset[str], tmp_path: Path
+) -> None:
+    """ONNX Runtime casts them when the session opens, and kernels are made with the constants that it got."""
+    model = exported(name)
+    feeds = make_feeds(model.captured.inputs, batch=2, seed=3)
+    ran: dict[Precision, list[tuple[str, str]]] = {}
+    for precision in (Precision.FP32, Precision.FP16):
+        lowered = onnxruntime_cpu.lower(model.canonical, precision, native=kernels).model
+        halves = {v.dtype for v in lowered.graph.initializers.values()} & {ir.DataType.FLOAT16}
+        assert bool(halves) == (precision is Precision.FP16)
+        session = open_session(ir.to_proto(lowered).SerializeToString(), library, profile_to=tmp_path / precision)
+        for expected, value in zip(model.captured.reference(feeds).values(), session.run(None, feeds), strict=True):
+            assert sqnr_db(expected, value) > 50
+        nodes = profiled_nodes(json.loads(Path(session.end_profiling()).read_text()))
+        ran[precision] = [(node.name, node.op_type) for node in nodes]
+    assert ran[Precision.FP16] == ran[Precision.FP32]

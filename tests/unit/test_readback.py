@@ -275,6 +275,15 @@ OURS = {
     ),
     "AttentionBlock": (node("AttentionBlock", *BLOCK, to=TOKENS), 10 * 8 * 32 + 2 * 2 * 25 * 8),
     "Gate": (node("Gate", f32(2, 5, 3, 3), f32(2, 5, 1, 1), to=f32(2, 5, 3, 3)), 0),
+    "QuantizedNormLinear": (
+        node("QuantizedNormLinear", TOKENS, u8(8, 24), f32(24), f32(24), WIDTH, WIDTH, to=f32(2, 5, 24)), 10 * 8 * 24
+    ),
+    "QuantizedFeedForwardGelu": (
+        node("QuantizedFeedForwardGelu", TOKENS, WIDTH, WIDTH, u8(8, 12), f32(12), f32(12), u8(12, 8), WIDTH, WIDTH,
+             to=TOKENS),
+        2 * 10 * 8 * 12,
+    ),
+    "QuantizedAttentionBlock": (node("QuantizedAttentionBlock", *INT8_BLOCK, to=TOKENS), 10 * 8 * 32 + 2 * 2 * 25 * 8),
 }  # fmt: skip
 
 
@@ -294,6 +303,16 @@ def test_linear_layers_inside_an_attention_block_count_as_linear_layers() -> Non
     assert weighted == {"float32": 0.5, "int8": 0.5}
     work = 10 * 8 * 32 + 2 * 800
     assert everything["float32"] == round(work / (work + 10 * 8 * 32), 6)
+
+
+def test_linear_layers_of_a_quantized_block_are_int8_and_its_attention_is_not() -> None:
+    block = node("QuantizedAttentionBlock", *INT8_BLOCK, to=TOKENS, name="blocks.0.attn/PackedAttention/Quantized")
+    everything, weighted = dtype_shares([block], ["blocks.0.attn/PackedAttention"])
+    assert weighted == {"int8": 1.0}
+    assert everything["float32"] == round(2 * 2 * 25 * 8 / (10 * 8 * 32 + 2 * 2 * 25 * 8), 6)
+    for name in ("QuantizedNormLinear", "QuantizedFeedForwardGelu"):
+        counted, _ = OURS[name]
+        assert dtype_shares([counted], []) == ({"int8": 1.0}, {"int8": 1.0})
 
 
 def test_block_runs_the_site_that_it_is_named_after() -> None:

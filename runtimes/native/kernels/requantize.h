@@ -18,10 +18,27 @@ constexpr float LeastLevel(Activation activation, uint8_t zero) {
   return activation == Activation::kRelu ? static_cast<float>(zero) : 0.0f;
 }
 
+// The activation of what is rounded to a level: one is at least 1/255 of the largest value.
+template <Activation kActivation>
+ATTN_DEPLOY_INLINE Vec ActivatedForLevels(Vec v) {
+#if defined(__AVX512F__)
+  if constexpr (kActivation == Activation::kSilu) {
+    // v / (1 + 2^t), t = -v * log2(e) = floor(t) + r: the minimax fit of 2^r with a relative error of 1.7e-3, which is
+    // 4e-4 of the result at most. Nine operations where exact ones and the division take 21: a third of the time of
+    // EfficientNet's pointwise convolutions.
+    const Vec t = Min(Broadcast(126.0f), v * Broadcast(-1.44269502f));
+    const Vec r = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF);
+    const Vec power = Fma(Fma(Broadcast(0.33718965f), r, Broadcast(0.65763759f)), r, Broadcast(1.00172415f));
+    return v * _mm512_rcp14_ps(Broadcast(1.0f) + _mm512_scalef_ps(power, t));
+  }
+#endif
+  return Activated<kActivation>(v);
+}
+
 // sum: `sum * multiplier + bias (+ residual)`, see Requantization.
 template <Activation kActivation>
 ATTN_DEPLOY_INLINE Vec LevelOf(Vec sum, Vec inverse, float zero, float low) {
-  if constexpr (!IsPiecewise(kActivation)) sum = Fma(Activated<kActivation>(sum), inverse, Broadcast(zero));
+  if constexpr (!IsPiecewise(kActivation)) sum = Fma(ActivatedForLevels<kActivation>(sum), inverse, Broadcast(zero));
   return ClampLevel(sum, low);
 }
 
