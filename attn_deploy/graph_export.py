@@ -273,6 +273,7 @@ class GraphExport:
         candidates = [proving.entry(p, measured.of(p.built.id), batch, self.threads) for p in proofs] + list(not_run)
         chosen = choose(candidates, measured.clearly_faster)
         warnings = [*self.warnings, environment.load_warning(self.host), environment.throttling_note(self.host)]
+        warnings += [] if self.dataset is None else self.dataset.short
         if any(c.precision == Precision.FP16 and c.target == Target.ONNXRUNTIME_CPU for c in candidates):
             warnings.append("fp16 on an x86 CPU is storage only: weights take half the file and are computed in FP32")
         sites = site_entries(rewritten, canonical)

@@ -244,5 +244,6 @@ def parity_fault(parity: Parity, tolerance: Tolerance) -> str | None:
             )
     for site in parity.sites:
         if not site.passed:
-            return f"site {site.module}: {site.sqnr_db:.1f} dB, expected {tolerance.describe()}"
+            least = tolerance.describe() if site.min_sqnr_db is None else f"{site.min_sqnr_db:g} dB or more"
+            return f"site {site.module}: {site.sqnr_db:.1f} dB, expected {least}"
     return None

@@ -77,12 +77,16 @@ class Fidelity(msgspec.Struct, frozen=True):
 
 
 class SiteParity(msgspec.Struct, frozen=True):
+    """Of one site alone. `min_sqnr_db`: what it is held to where that is not the candidate's tolerance, as attention in
+    FP32 between INT8 layers."""
+
     module: str
     max_abs: float
     max_rel: float
     cosine: float
     sqnr_db: float
     passed: bool
+    min_sqnr_db: float | None = None
 
 
 class CaseParity(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ from attn_deploy import environment, proving, runtimes
 from attn_deploy.built import Built
 from attn_deploy.bundle import CANONICAL, Bundle, file_entry, open_bundle
 from attn_deploy.choice import Budget, choose
-from attn_deploy.errors import ParityError, StorageError, UnavailableError, UsageError
+from attn_deploy.errors import AttnDeployError, ParityError, StorageError, UnavailableError, UsageError
 from attn_deploy.extras import require_lowering
 from attn_deploy.inputs import make_feeds
 from attn_deploy.latency import Measurement
@@ -181,12 +181,15 @@ class _GraphRetuning:
         conditions = Conditions(frozenset(native.kernel_names()), tuned=levels or {})
         offered = RECIPES[CPU].alternatives(canonical, Precision.FP32, conditions)
         plans = [Plan(CPU, Precision.FP32, alternative) for alternative in offered]
-        for variant in self.planned:
-            plans += lowerings(variant, canonical, conditions, levels)
-        made = [
-            dataclasses.replace(built, search=self._search_of(built.precision))
-            for built, _ in lowered_candidates(canonical, plans, self.folder, Means(), progress)
-        ]
+        made = [built for built, _ in lowered_candidates(canonical, plans, self.folder, Means(), progress)]
+        for variant in list(self.planned):
+            plans = lowerings(variant, canonical, conditions, levels)
+            try:
+                again = [built for built, _ in lowered_candidates(canonical, plans, self.folder, Means(), progress)]
+            except AttnDeployError:  # a plan that needs data: what the bundle holds of it stays
+                self.planned.remove(variant)
+                continue
+            made += [dataclasses.replace(built, search=self._search_of(built.precision)) for built in again]
         if tuned is None:
             return made
         return [dataclasses.replace(b, tuning=tuned.entry(b.precision)) if is_tuned(b, tuned) else b for b in made]

@@ -121,6 +121,7 @@ class Dataset:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._unreadable: dict[str, None] = {}
+        self._short: dict[str, str] = {}
         self.labelled = source.labelled
         self.description = source.description
 
@@ -128,6 +129,11 @@ class Dataset:
     def unreadable(self) -> tuple[str, ...]:
         """Files that were passed over so far, each once."""
         return tuple(self._unreadable)
+
+    @property
+    def short(self) -> tuple[str, ...]:
+        """A note for each part of a function that ended before it had what was asked for, once a pass has told."""
+        return tuple(self._short.values())
 
     def keys(self) -> list[str]:
         """Keys of all samples, without decoding any; empty for a function, whose samples only a pass can tell."""
@@ -175,10 +181,12 @@ class Dataset:
             def samples() -> Iterator[Sample]:
                 if count == 0:
                     return
+                read = 0
                 for read, sample in enumerate(source.samples(_HashShare(seed, calibrates)), start=1):
                     yield sample
                     if read == count:
                         return
+                self._short[name] = f"{read} {self.description} for {name} where {count} were asked for"
 
             return self._part(name, None if count else 0, samples)
 

@@ -1,7 +1,7 @@
 """QuantizedConv and QuantizedDepthwise: activation(conv(x) + residual) from 8-bit maps to 8-bit maps.
 
-Maps as in quantized_map.py; weights symmetric per output channel, stored as unsigned levels around 128. The stride is in
-the name and paddings are single numbers, since attributes of an operator's form are numbers.
+Maps as in quantized_map.py; weights symmetric per output channel, stored as unsigned levels around 128. The stride is
+in the name and paddings are single numbers, since attributes of an operator's form are numbers.
 """
 
 from __future__ import annotations

@@ -11,21 +11,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import msgspec
 import onnx_ir as ir
 
 from attn_deploy.errors import AttnDeployError
 from attn_deploy.export.canonical import CanonicalModel
 from attn_deploy.export.functions import inline_functions
+from attn_deploy.export.lower.cpu_int8_chain import chain_layers, lower_chain
 from attn_deploy.export.lower.lowered import Batches
 from attn_deploy.export.precision.bias_correction import correct_biases
 from attn_deploy.export.precision.calibration import OpenModel
 from attn_deploy.export.precision.equalize import equalize, wanted_for_equalization
+from attn_deploy.export.precision.int8_chain import read_by_convolutions, wanted_for_chain
 from attn_deploy.export.precision.int8_conv import quantize_convs, values_to_calibrate
-from attn_deploy.export.precision.plan import weighted_nodes
+from attn_deploy.export.precision.map_means import channel_means_of
+from attn_deploy.export.precision.plan import Exempt, weighted_nodes
 from attn_deploy.export.precision.smooth_quant import smooth, wanted_for_smoothing
 from attn_deploy.export.precision.statistics import Statistics, Wanted, collect_statistics
 from attn_deploy.export.precision.weight_only import quantize_blocks
-from attn_deploy.precision_plan import PrecisionPlan, Scheme
+from attn_deploy.precision_plan import LayerPlan, PrecisionPlan, Scheme
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,19 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Int8Graph:
-    """`statistics`: what of activations the plan needed, None where nothing."""
+    """`plan`: what was done. `statistics`: what of activations the plan needed, None where nothing."""
 
     model: ir.Model
+    plan: PrecisionPlan
     notes: tuple[str, ...]
     statistics: Statistics | None
 
 
-def int8_graph(canonical: CanonicalModel, plan: PrecisionPlan, calibration: Calibration) -> Int8Graph:
-    """A copy of the canonical model with everything of `plan` in it but its linear layers per token.
+def int8_graph(
+    canonical: CanonicalModel, plan: PrecisionPlan, calibration: Calibration, kernels: frozenset[str] = frozenset()
+) -> Int8Graph:
+    """A copy of the canonical model with everything of `plan` in it but its linear layers per token. Convolutions whose
+    chains `kernels` can run whole are theirs, those too that the plan leaves out because ONNX Runtime gains nothing.
 
     Raises AttnDeployError where the plan needs calibration and there is none of it.
     """
@@ -75,11 +83,15 @@ def int8_graph(canonical: CanonicalModel, plan: PrecisionPlan, calibration: Cali
     if not convs and not plan.smoothing and not plan.equalized:
         calibration = Calibration()
     calibration, notes = _reparametrized(model, plan, calibration)
-    if convs:
+    chain = chain_layers(model, plan, kernels) if convs else frozenset()
+    if chain:
+        calibration = _lower_chain(model, chain, calibration, kernels)
+        plan = _chained(plan, chain)
+    elif convs:
         calibration = _quantize_convs(model, convs, plan, calibration)
     for node in [n for n in weighted_nodes(model) if plan.scheme(str(n.name)) is Scheme.WEIGHT_ONLY]:
         quantize_blocks(model, node)
-    return Int8Graph(model, notes, calibration.statistics)
+    return Int8Graph(model, plan, notes, calibration.statistics)
 
 
 def _reparametrized(
@@ -93,19 +105,36 @@ def _reparametrized(
     if plan.smoothing:
         assert calibration.statistics is not None
         notes += smooth(model, plan.smoothing, calibration.statistics)
-        _rename_smoothed(model, plan)
     if plan.equalized:
         assert calibration.statistics is not None
         notes += equalize(model, calibration.statistics, plan.of(Scheme.STATIC))
     return calibration, notes
 
 
-def _rename_smoothed(model: ir.Model, plan: PrecisionPlan) -> None:
-    """What a smoothed norm makes is no longer the reference's value, so it must not have its name: blocks and sites are
-    cut between values of the same name."""
-    for node in model.graph:
-        if node.name in plan.smoothing:
-            node.outputs[0].name = f"{node.outputs[0].name}/smoothed"
+def _lower_chain(
+    model: ir.Model, layers: frozenset[str], calibration: Calibration, kernels: frozenset[str]
+) -> Calibration:
+    calibration = calibration.knowing(model, wanted_for_chain(model, layers))
+    assert calibration.statistics is not None
+    means = {}
+    if calibration.batches is not None and calibration.open_model is not None:
+        names = read_by_convolutions(model, layers)
+        means = channel_means_of(_written_out(model), names, calibration.batches, calibration.open_model)
+    lower_chain(model, layers, calibration.statistics, means)
+    return calibration
+
+
+def _chained(plan: PrecisionPlan, layers: frozenset[str]) -> PrecisionPlan:
+    """What the chain took is in 8 bits, what it left is not."""
+    done = (
+        LayerPlan(p.layer, Scheme.STATIC, "" if p.scheme is Scheme.FLOAT else p.reason)
+        if p.layer in layers
+        else LayerPlan(p.layer, Scheme.FLOAT, Exempt.FORM)
+        if p.scheme is Scheme.STATIC
+        else p
+        for p in plan.layers
+    )
+    return msgspec.structs.replace(plan, layers=tuple(done))
 
 
 def _quantize_convs(

@@ -1,7 +1,7 @@
 """Chains of convolutions as the library's operators on 8-bit maps [batch, height, width, channels].
 
-Nothing is left of QuantizeLinear and DequantizeLinear but where a chain begins and ends. Needs all kernels of the chain:
-half of one would be slower than ONNX Runtime's own.
+Nothing is left of QuantizeLinear and DequantizeLinear but where a chain begins and ends. Needs all kernels of the
+chain: half of one would be slower than ONNX Runtime's own.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from attn_deploy.export.precision.int8_chain import (
 )
 from attn_deploy.export.precision.map_means import rounding_shift
 from attn_deploy.export.precision.map_scales import STRENGTH, MapScale, map_scale
+from attn_deploy.export.precision.plan import Exempt, multiply_adds, weighted_nodes
 from attn_deploy.export.precision.quantize_weight import quantize_weight
 from attn_deploy.export.precision.ranges import RangeMethod
 from attn_deploy.ops import DOMAIN, VERSION, quantized_conv, quantized_gate
+from attn_deploy.precision_plan import PrecisionPlan, Scheme
 from attn_deploy.session import Array
 
 KERNELS = frozenset(form.name for form in (*quantized_conv.FORMS, *quantized_gate.FORMS))
@@ -41,33 +43,67 @@ LAST, FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 MIN_CONVOLUTIONS = 4
 """Fewer are a stem, for which two changes of layout do not pay."""
 
+MIN_SHARE = 0.9
+"""Of the multiply-adds that the plan has in 8 bits: with less, ONNX Runtime's own operators run all of them."""
+
+ONLY_SLOWER = (Exempt.STEM, Exempt.DEPTHWISE)
+"""Why `plan_int8` leaves convolutions out that are in their chain's way: in 8 bits ONNX Runtime's are no faster."""
+
+
+def chain_layers(model: ir.Model, plan: PrecisionPlan, kernels: Collection[str]) -> frozenset[str]:
+    """The convolutions that become a chain: those in 8 bits, and what the plan leaves out between them only because
+    ONNX Runtime would gain nothing. Empty where kernels are missing or too much would be left to others."""
+    asked = frozenset(plan.of(Scheme.STATIC))
+    left_out = frozenset(p.layer for p in plan.layers if p.scheme is Scheme.FLOAT and p.reason in ONLY_SLOWER)
+    if not KERNELS.issubset(kernels):
+        return frozenset()
+    done = layers_of(_beside(find_units(model, asked | left_out), asked))
+    work = {str(n.name): multiply_adds(n) for n in weighted_nodes(model) if n.op_type == "Conv"}
+    covered = sum(work[name] for name in done & asked)
+    enough = len(done) >= MIN_CONVOLUTIONS and covered >= MIN_SHARE * sum(work[name] for name in asked & work.keys())
+    return done if enough else frozenset()
+
+
+def _beside(units: Sequence[Unit], asked: frozenset[str]) -> list[ConvUnit]:
+    """The convolutions `asked` for, and those that read a map of such a one or write one for it."""
+    writer: dict[ir.Value, set[ConvUnit]] = {}
+    neighbours: dict[ConvUnit, set[ConvUnit]] = {}
+    for unit in units:
+        before = set().union(*(writer.get(value, set()) for value in unit.reads))
+        if isinstance(unit, ConvUnit):
+            neighbours[unit] = before
+            for other in before:
+                neighbours[other].add(unit)
+        if not isinstance(unit, PoolUnit):
+            writer[unit.output] = {unit} if isinstance(unit, ConvUnit) else before
+    taken = {unit for unit in neighbours if str(unit.conv.name) in asked}
+    reached = list(taken)
+    while reached:
+        found = {other for other in neighbours[reached.pop()] if other not in taken}
+        taken |= found
+        reached += found
+    return [unit for unit in neighbours if unit in taken]
+
 
 def lower_chain(
     model: ir.Model,
     layers: Collection[str],
     statistics: Statistics,
-    kernels: Collection[str],
-    *,
     means: Mapping[str, Array] | None = None,
+    *,
     strength: float = STRENGTH,
     method: RangeMethod = RangeMethod.MIN_MAX,
-) -> frozenset[str]:
-    """Puts the convolutions named `layers`, and what stands between them, into 8-bit maps, in place; returns those that
-    were: the others have no kernel. `statistics` of `wanted_for_chain`; `means` of `read_by_convolutions`, with which
-    biases take back what the rounding of weights adds to the mean. The names of what runs start with those of the
-    nodes that it stands for."""
+) -> None:
+    """Puts the convolutions named `layers`, and what stands between them, into 8-bit maps, in place. `statistics` of
+    `wanted_for_chain`; `means` of `read_by_convolutions`, with which biases take back what the rounding of weights adds
+    to the mean. The names of what runs start with those of the nodes that it stands for."""
     units = find_units(model, layers)
-    done = layers_of(units)
-    if len(done) < MIN_CONVOLUTIONS or not KERNELS <= frozenset(kernels):
-        return frozenset()
-    scales = _scales(units, statistics, strength, method)
-    emitter = _Emitter(model, scales, means or {})
+    emitter = _Emitter(model, _scales(units, statistics, strength, method), means or {})
     for unit in units:
         emitter.emit(unit)
     emitter.leave()
     RemoveUnusedNodesPass()(model)
     attach_functions(model)
-    return done
 
 
 def _scales(
@@ -132,10 +168,8 @@ class _Emitter:
             assert producer is not None
             name = f"{producer.name}/output"
             first = ir.node("Transpose", [levels], {"perm": FIRST}, name=f"{name}/Transpose")
-            real = ir.node(
-                "DequantizeLinear", [first.outputs[0], *self._levels(name, self.scales[value], zeros=True)], {"axis": 1},
-                name=f"{name}/DequantizeLinear",
-            )  # fmt: skip
+            inputs = [first.outputs[0], *self._levels(name, self.scales[value], zeros=True)]
+            real = ir.node("DequantizeLinear", inputs, {"axis": 1}, name=f"{name}/DequantizeLinear")
             real.outputs[0].type, real.outputs[0].shape = value.type, value.shape
             self.model.graph.insert_after(producer, [first, real])
             for use in outside:
@@ -212,7 +246,7 @@ class _Emitter:
         old.replace_all_uses_with(mean)
 
     def _max_pool(self, unit: WindowUnit, anchor: ir.Node, x: ir.Value) -> ir.Value:
-        """On levels, between two changes of layout: ONNX Runtime makes its own operator on channels last of the three."""
+        """On levels, between two changes of layout: ONNX Runtime makes one operator on channels last of the three."""
         name = str(unit.node.name)
         first = self._before(anchor, "Transpose", [x], f"{name}/first", {"perm": FIRST})
         pooled = ir.node("MaxPool", [first], name=f"{name}/MaxPool")

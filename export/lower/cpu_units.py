@@ -38,7 +38,7 @@ from attn_deploy.export.lower.cpu_rows import keep_tokens_flat
 from attn_deploy.export.lower.cpu_selected_rows import select_rows_early
 from attn_deploy.export.lower.cuda_idle import drop_idle_movement
 from attn_deploy.export.lower.cuda_nodes import dims
-from attn_deploy.ops import DOMAIN, FORMS
+from attn_deploy.ops import BLOCK_FORMS, DOMAIN, FORMS
 from attn_deploy.precision_plan import PrecisionPlan, Scheme
 from attn_deploy.target import nearest
 
@@ -197,7 +197,7 @@ def _matches(model: ir.Model, means: _Means, levels: Mapping[str, str] | None) -
     forms = {str(node.name): node.op_type for node in model.graph if node.domain == DOMAIN}
     packed, int8 = _pack(model, means, levels)
     found = _Found([replace(a, quantized=str(a.product.name) in int8) for a in linear_layers(model)])
-    own = [node for node in model.graph if node.domain == DOMAIN]
+    own = [node for node in model.graph if node.domain == DOMAIN and node.op_type not in BLOCK_FORMS]
     matches = [_site(n, forms[str(n.name)], packed.get(str(n.name), ()), found, kernels) for n in own]
     names: Counter[str] = Counter()
     for block in feed_forwards([layer for layer in found.layers if layer.product not in found.taken]):

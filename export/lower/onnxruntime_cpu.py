@@ -130,8 +130,8 @@ def lower(
     if precision.quantized:
         plan = plan_int8(canonical.model, exclude) if plan is None else plan
         plan = weight_only_plan(plan) if blocks else plan
-        graph = int8_graph(canonical, plan, Calibration(statistics, calibration, open_model))
-        model, notes, statistics = graph.model, graph.notes, graph.statistics
+        graph = int8_graph(canonical, plan, Calibration(statistics, calibration, open_model), native)
+        model, plan, notes, statistics = graph.model, graph.plan, graph.notes, graph.statistics
         plan = _without(plan, _linear(canonical.model, plan) - fuse_units(model, native, fuse, plan))
     else:
         plan, model, statistics = PrecisionPlan(), canonical.model.clone(), None

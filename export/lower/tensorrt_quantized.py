@@ -16,8 +16,8 @@ from attn_deploy.export.precision.calibration import OpenModel
 from attn_deploy.export.precision.half import to_half
 from attn_deploy.export.precision.half_ranges import collect_magnitudes
 from attn_deploy.export.precision.int8_symmetric import in_format, int8_symmetric, plan_symmetric
-from attn_deploy.export.precision.smooth_quant import smooth, wanted_for_smoothing
-from attn_deploy.export.precision.statistics import Statistics, collect_statistics
+from attn_deploy.export.precision.smooth_quant import smooth, smoothable_norms
+from attn_deploy.export.precision.statistics import Statistics, Wanted, collect_statistics
 from attn_deploy.export.precision.symmetric_format import FP8, SymmetricFormat
 from attn_deploy.precision_plan import PrecisionPlan
 from attn_deploy.target import Precision
@@ -48,7 +48,8 @@ def smooth_as_planned(
     """SmoothQuant with the plan's strengths, in place on a copy of the canonical model; notes."""
     if plan is None or not plan.smoothing:
         return ()
-    wanted, statistics = wanted_for_smoothing(model), means.statistics
+    statistics = means.statistics
+    wanted = [Wanted(n.value, channel_axis=-1) for n in smoothable_norms(model) if n.name in plan.smoothing]
     if statistics is None or not statistics.hold(wanted):
         statistics = collect_statistics(portable(canonical), wanted, means.batches(), means.open_model)
     return smooth(model, plan.smoothing, statistics)

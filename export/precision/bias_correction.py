@@ -2,30 +2,28 @@
 
 Rounding shifts the mean of a channel, and what follows amplifies the shift. Layer by layer in the order in which they
 run, the mean of each output channel with all layers before it quantized and corrected is set beside its mean in the
-float model, and the bias takes the difference. Only sums leave the graph.
+float model, and the bias takes the difference. Only means leave the graph.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from attn_deploy.errors import AttnDeployError
-from attn_deploy.export.precision.append import Appender, observed_copy
-from attn_deploy.export.precision.calibration import OpenModel
-from attn_deploy.export.precision.insert import Inserter, set_constant
+from attn_deploy.export.precision.append import observed_copy
+from attn_deploy.export.precision.calibration import Batches, OpenModel
+from attn_deploy.export.precision.insert import Inserter, drop_unused_initializers, set_constant
+from attn_deploy.export.precision.map_means import channel_means_of
 from attn_deploy.session import Array
-
-Batches = Callable[[], Iterable[Mapping[str, Array]]]
 
 LARGEST_BIAS = 2**30
 """Half of int32's range: the products are added to it."""
 
-CORRECTION_BATCHES = 4
-"""A mean over the pixels of a few images is exact enough, and every layer asks for a run of all that is before it."""
+CORRECTION_BATCHES = 2
+"""Both means are of the same images, so a few are enough; every layer asks for a run of all that is before it."""
 
 
 def correct_biases(
@@ -50,38 +48,24 @@ def correct_biases(
 
 
 def channel_means(model: ir.Model, layers: Sequence[str], batches: Batches, open_model: OpenModel) -> dict[str, Array]:
-    """Mean of each output channel over samples and pixels, float64 [channels] by layer. Only what the layers need is
-    run."""
-    copy, _ = observed_copy(model)
-    nodes = {str(node.name): node for node in copy.graph}
-    append = Appender(copy, "means")
-    axes = append.constant("axes", np.array([0, 2, 3], np.int64))
-    for name in layers:
-        append.output(f"means/{name}", append.op("ReduceMean", nodes[name].outputs[0], axes, keepdims=0))
-    _drop_unneeded(copy)
-    run = open_model(copy)
-    names = {str(value.name) for value in copy.graph.inputs}
-    sums: dict[str, Array] = {}
-    samples = 0
-    for feeds in itertools.islice(batches(), CORRECTION_BATCHES):
-        count = len(next(iter(feeds.values())))
-        outputs = run({name: value for name, value in feeds.items() if name in names})
-        samples += count
-        for name in layers:
-            sums[name] = sums.get(name, 0.0) + count * outputs[f"means/{name}"].astype(np.float64)
-    if not samples:
-        raise AttnDeployError("calibration saw no sample", got=0, expected="at least 1")
-    return {name: total / samples for name, total in sums.items()}
+    """Mean of each output channel over samples and pixels, float64 [channels] by layer."""
+    outputs = {str(node.name): str(node.outputs[0].name) for node in model.graph if node.name in set(layers)}
+    means = channel_means_of(
+        _up_to(model, outputs.values()), list(outputs.values()),
+        lambda: itertools.islice(batches(), CORRECTION_BATCHES), open_model,
+    )  # fmt: skip
+    return {layer: means[value] for layer, value in outputs.items()}
 
 
-def _drop_unneeded(model: ir.Model) -> None:
-    """Nodes and weights from which no output follows."""
-    for node in reversed(list(model.graph)):
+def _up_to(model: ir.Model, names: Collection[str]) -> ir.Model:
+    """A copy with nothing in it but what the named values follow from."""
+    copy, values = observed_copy(model)
+    copy.graph.outputs.extend(values[name] for name in names)
+    for node in reversed(list(copy.graph)):
         if not any(output.uses() or output.is_graph_output() for output in node.outputs):
-            model.graph.remove(node, safe=True)
-    for name, value in list(model.graph.initializers.items()):
-        if not value.uses():
-            del model.graph.initializers[name]
+            copy.graph.remove(node, safe=True)
+    drop_unused_initializers(copy)
+    return copy
 
 
 def _add_to_bias(model: ir.Model, conv: ir.Node, difference: Array) -> Array:

@@ -1,8 +1,8 @@
 """Chains of convolutions that can stay in 8 bits: what a model has of them, and what calibration must see.
 
-A map is an activation [batch, channels, height, width] that a convolution, a gate or a pool writes for others of these to
-read. Between two maps nothing is computed in floating point: activation and residual sum belong to the convolution or
-gate before them, the gate's own vector is float32.
+A map is an activation [batch, channels, height, width] that a convolution, a gate or a pool writes for others of these
+to read. Between two maps nothing is computed in floating point: activation and residual sum belong to the convolution
+or gate before them, the gate's own vector is float32.
 """
 
 from __future__ import annotations

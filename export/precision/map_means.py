@@ -47,10 +47,10 @@ def channel_means_of(
 
 def rounding_shift(weight: Array, rounded: Array, mean: Array) -> Array:
     """What the rounding of a weight adds to the mean of each output channel, float64 [out] (Nagel et al. 2019, section
-    4.2, equation 17): (rounded - weight) times the mean of its input, [in]; [channels] of a depthwise weight.
+    4.2): (rounded - weight) times the mean of its input, [in]; [channels] of a depthwise weight.
 
-    weight, rounded: [out, in, kernel_height, kernel_width]. At the edges of the map, where padding stands for input, the
-    shift is less.
+    weight, rounded: [out, in, kernel_height, kernel_width]. At the edges of the map, where padding stands for input,
+    the shift is less.
     """
     error = (rounded.astype(np.float64) - weight).sum(axis=(2, 3))
     return np.asarray(error[:, 0] * mean if error.shape[1] == 1 and len(mean) == len(error) else error @ mean)

@@ -1,10 +1,10 @@
 """Scales and zero points of 8-bit maps, with a scale for every channel.
 
 Where a convolution reads the map, the scales of its input channels become part of its weights before these are rounded
-(as equalization does, Nagel et al. 2019, section 4.1, but behind any activation, since whoever writes the map divides by
-its scales): the more alike the levels of all channels, the less alike the weights. `STRENGTH` shares out, as
-SmoothQuant's (Xiao et al. 2023, equation 4). A depthwise convolution, a gate and a pool read each channel by itself: there
-nothing is lost, and every channel has all levels.
+(as equalization does, Nagel et al. 2019, section 4.1, but behind any activation, since whoever writes the map divides
+by its scales): the more alike the levels of all channels, the less alike the weights. `STRENGTH` shares out, as
+SmoothQuant's (Xiao et al. 2023, equation 4). A depthwise convolution, a gate and a pool read each channel by itself:
+there nothing is lost, and every channel has all levels.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Stock calibrators keep the activations of all samples (onnxruntime#10503, #21979
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,10 @@ from attn_deploy.export.precision.histogram import BINS, GREATEST_EXPONENT, LEAS
 from attn_deploy.session import Array
 
 EXPONENTS = np.arange(LEAST_EXPONENT, GREATEST_EXPONENT + 1)
+
+COUNTED = 2**15
+"""Elements of a sample that its histogram counts, about: a map of convolutions has up to a million, and counting all of
+them costs several times as much as the model itself. Extrema are of all."""
 
 INDEX_MASK = 4 * BINS - 1
 """Keeps an index in bounds where the value is NaN or infinite, which the extrema tell."""
@@ -42,9 +47,14 @@ class Seen:
 
 
 def observing(model: ir.Model, wanted: Sequence[Wanted]) -> ir.Model:
-    """A copy whose outputs `read` understands."""
+    """A copy whose outputs `read` understands.
+
+    What is seen of the last values comes first in the graph: ONNX Runtime runs what the last of a graph's ends needs
+    before the others, so each value is seen, and let go, before the next one is computed.
+    """
     copy, values = observed_copy(model)
-    for each in wanted:
+    order = {name: number for number, name in enumerate(values)}
+    for each in sorted(wanted, key=lambda w: order[w.name], reverse=True):
         _watch(Appender(copy, f"{each.name}/statistics"), each, values[each.name])
     return copy
 
@@ -78,11 +88,11 @@ def _extrema(append: Appender, value: ir.Value, channel_axis: int | None) -> tup
     a mask holds the lowest number, so infinity in it says nothing.
     """
     scalar = value.shape is not None and len(value.shape) == 0
-    if channel_axis is None:
-        dims, axis, keep = (1, 1) if scalar else (0, -1), 1, 1
-    elif channel_axis == 1:
+    dims: tuple[int, ...] = (1, 1) if scalar else (0, -1)
+    axis, keep = 1, 1
+    if channel_axis == 1:
         dims, axis, keep = (0, _channels(value, 1), -1), 2, 0
-    else:
+    elif channel_axis is not None:
         dims, axis, keep = (0, -1, _channels(value, -1)), 1, 0
     rows = append.op("Reshape", value, append.constant("rows", np.array(dims, np.int64)))
     axes = append.constant("axis", np.array([axis], np.int64))
@@ -101,6 +111,10 @@ def _histogram(append: Appender, value: ir.Value, minimum: ir.Value, maximum: ir
     exponent = append.op("ReduceSum", reached, keepdims=0)
     factors = append.constant("factors", np.ldexp(np.float32(BINS), -EXPONENTS).astype(np.float32))
     flat = append.op("Reshape", value, append.constant("flat", np.array([-1], np.int64)))
+    if (stride := _stride(value)) > 1:
+        bounds = [append.constant(n, np.array([v], np.int64)) for n, v in
+                  (("first", 0), ("end", np.iinfo(np.int64).max), ("axis_0", 0), ("stride", stride))]  # fmt: skip
+        flat = append.op("Slice", flat, *bounds)
     scaled = append.op("Mul", flat, append.op("Gather", factors, exponent))
     middle = append.constant("middle", np.float32(BINS))
     bins = append.op("Cast", append.op("Add", scaled, middle), to=int(ir.DataType.INT32))
@@ -108,6 +122,16 @@ def _histogram(append: Appender, value: ir.Value, minimum: ir.Value, maximum: ir
     ones = append.op("Expand", append.constant("one", np.ones(1, np.int32)), append.op("Shape", safe))
     empty = append.constant("empty", np.zeros(INDEX_MASK + 1, np.int32))
     return append.op("ScatterElements", empty, safe, ones, axis=0, reduction="add"), exponent
+
+
+def _stride(value: ir.Value) -> int:
+    """How many elements are passed over from one that counts to the next: no divisor of a dimension, so that all rows,
+    columns and channels are met alike."""
+    dims = [] if value.shape is None else [dim for dim in value.shape[1:] if isinstance(dim, int)]
+    stride = math.ceil(math.prod(dims) / COUNTED)
+    while stride > 1 and any(math.gcd(stride, dim) > 1 for dim in dims):
+        stride += 1
+    return stride
 
 
 def _channels(value: ir.Value, axis: int) -> int:

@@ -121,7 +121,7 @@ def _unseen(batches: Iterable[Mapping[str, Array]], seen: int) -> Iterator[Mappi
 
 
 def _require_finite(name: str, seen: Seen, before: int, count: int) -> None:
-    finite = np.isfinite(seen.minimum).all(axis=1) & np.isfinite(seen.maximum).all(axis=1)
+    finite = np.asarray(np.isfinite(seen.minimum).all(axis=1) & np.isfinite(seen.maximum).all(axis=1))
     if finite.all():
         return
     row = int(np.argmin(finite))

@@ -68,18 +68,10 @@ OrtStatus* LinearKernel::Compute(OrtKernelContext* context) const {
                         [&](int64_t block) { run(plan, arrays, block, ThreadScratch().Floats(plan.scratch)); });
 }
 
-OrtStatus* MakeLinear(const CpuOp& op, const OrtKernelInfo* info, std::string node_name,
-                      std::unique_ptr<Kernel>* kernel) {
-  auto made = std::make_unique<LinearKernel>(op, std::move(node_name));
-  ATTN_DEPLOY_RETURN_IF_ERROR(made->Init(info));
-  *kernel = std::move(made);
-  return nullptr;
-}
-
 }  // namespace
 
 void AppendLinear(const OrtApi& api, Operators* operators) {
-  AppendLinearForms(api, "", {{"weight"}, {"bias"}}, MakeLinear, operators);
+  AppendLinearForms(api, "", {{"weight"}, {"bias"}}, MakeInitialized<LinearKernel>, operators);
 }
 
 }  // namespace attn_deploy::native

@@ -70,19 +70,11 @@ OrtStatus* QuantizedLinearKernel::Compute(OrtKernelContext* context) const {
                         [&](int64_t block) { run(plan, arrays, block, ThreadScratch().Floats(plan.scratch)); });
 }
 
-OrtStatus* MakeQuantizedLinear(const CpuOp& op, const OrtKernelInfo* info, std::string node_name,
-                               std::unique_ptr<Kernel>* kernel) {
-  auto made = std::make_unique<QuantizedLinearKernel>(op, std::move(node_name));
-  ATTN_DEPLOY_RETURN_IF_ERROR(made->Init(info));
-  *kernel = std::move(made);
-  return nullptr;
-}
-
 }  // namespace
 
 void AppendQuantizedLinear(const OrtApi& api, Operators* operators) {
   AppendLinearForms(api, "Quantized", {{"weight", ElementType::kUint8}, {"weight_scale"}, {"bias"}},
-                    MakeQuantizedLinear, operators);
+                    MakeInitialized<QuantizedLinearKernel>, operators);
 }
 
 }  // namespace attn_deploy::native

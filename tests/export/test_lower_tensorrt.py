@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,10 +14,12 @@ import onnx.numpy_helper
 import onnx.parser
 import onnx_ir as ir
 import pytest
+from msgspec.structs import replace
 
-from attn_deploy.errors import AttnDeployError, UsageError
+from attn_deploy.errors import AttnDeployError, NotAsAskedError, UsageError
 from attn_deploy.export.canonical import CanonicalModel, portable
 from attn_deploy.export.capture import CapturedModel, capture
+from attn_deploy.export.lower.lowered import Lowered
 from attn_deploy.export.lower.norms import whole_norms
 from attn_deploy.export.lower.static_shapes import write_shapes
 from attn_deploy.export.lower.tensorrt import AttentionForm, lower, standard
@@ -31,6 +34,7 @@ from attn_deploy.export.to_onnx import to_onnx
 from attn_deploy.inputs import make_feeds
 from attn_deploy.ops import BLOCK_FORMS, FORMS
 from attn_deploy.parity import sqnr_db
+from attn_deploy.precision_plan import LayerPlan, PrecisionPlan, Scheme
 from attn_deploy.session import Array, DimBounds
 from attn_deploy.target import Precision
 
@@ -48,7 +52,7 @@ from tensorrt_models import (
     other_operands,
 )
 
-MIN_DB = {Precision.FP32: 100.0, Precision.FP16: 45.0, Precision.BF16: 35.0, Precision.INT8: 20.0}
+MIN_DB = {Precision.FP32: 100.0, Precision.FP16: 45.0, Precision.BF16: 35.0, Precision.INT8: 20.0, Precision.FP8: 20.0}
 VERSIONS = ((10, 3), (10, 15), (11, 4))
 
 MODELS = [
@@ -74,7 +78,7 @@ def calibration(model: CapturedModel) -> Iterator[Mapping[str, Array]]:
 def require_same(name: str, lowered: ir.Model, precision: Precision) -> None:
     model, exported = captured(name)
     reference, run = open_model(portable(exported)), open_model(emulate(standard(lowered)))
-    for batch in (3, 16) if precision is Precision.INT8 else (1, 3):  # of one sample INT8 says little
+    for batch in (3, 16) if precision.quantized else (1, 3):  # of one sample 8 bits say little
         feeds = make_feeds(model.inputs, batch=batch, seed=13)
         expected, got = reference(feeds), run(feeds)
         assert list(got) == list(expected)
@@ -130,6 +134,62 @@ def test_bf16_keeps_an_opset_that_an_old_version_knows() -> None:
     exported = captured("vit_tiny_patch16_224")[1]
     opsets = [lower(exported, Precision.BF16, version=v).model.opset_imports[""] for v in ((10, 3), (10, 6), (11, 4))]
     assert opsets == [20, 22, 23]
+
+
+def test_fp8_gives_a_model_in_e4m3_from_10_7_on() -> None:
+    model, exported = captured("vit_tiny_patch16_224")
+
+    def lowered(version: tuple[int, int], **options: Any) -> Lowered:
+        return lower(exported, Precision.FP8, version=version, calibration=lambda: calibration(model),
+                     open_model=open_model, **options)  # fmt: skip
+
+    for version in ((10, 7), (11, 4)):
+        made = lowered(version)
+        assert minimum_version(made.model) == (10, 7) if version == (10, 7) else (10, 14)
+        require_same("vit_tiny_patch16_224", made.model, Precision.FP8)
+    types = {n.outputs[0].dtype for n in made.model.graph if n.op_type == "QuantizeLinear"}
+    assert types == {ir.DataType.FLOAT8E4M3FN}
+    assert "blocks.0.mlp.fc1/MatMul" in made.plan.of(Scheme.FP8)
+    with pytest.raises(NotAsAskedError, match="does not parse") as caught:
+        lowered((10, 6))
+    assert "TensorRT 10.7 or later" in str(caught.value.next_step)
+
+
+def test_a_plan_of_the_cpu_is_followed_here() -> None:
+    """Its layers in the scheme of this target, SmoothQuant in its norms, and FP32 where it says so."""
+    model, exported = captured("vit_tiny_patch16_224")
+    norm = "blocks.0.norm2/LayerNormalization"
+    assert norm in {str(n.name) for n in exported.model.graph}, "the model's names have changed"
+    fc1 = LayerPlan("blocks.0.mlp.fc1/MatMul", Scheme.PER_TOKEN)
+    fc2 = LayerPlan("blocks.0.mlp.fc2/MatMul", Scheme.FLOAT32)
+    plan = PrecisionPlan((fc1, fc2), smoothing={norm: 0.5})
+    found = lower(
+        exported, Precision.INT8, calibration=lambda: calibration(model), open_model=open_model, plan=plan
+    )  # fmt: skip
+    assert found.plan == replace(plan, layers=(replace(fc1, scheme=Scheme.STATIC), fc2))
+    nodes = {str(n.name): n for n in found.model.graph}
+    assert nodes["blocks.0.mlp.fc1/MatMul"].inputs[1].producer().op_type == "DequantizeLinear"  # type: ignore[union-attr]
+    assert nodes["blocks.0.mlp.fc2/MatMul"].outputs[0].dtype == ir.DataType.FLOAT
+    scale = next(n for n in exported.model.graph if n.name == norm).inputs[1]
+    assert not any(same_values(i, scale) for n in found.model.graph for i in n.inputs), "the norm was not smoothed"
+    require_same("vit_tiny_patch16_224", found.model, Precision.INT8)
+
+
+def same_values(value: ir.Value | None, other: ir.Value | None) -> bool:
+    if value is None or other is None or value.const_value is None or other.const_value is None:
+        return False
+    one, two = (v.const_value.numpy().astype(np.float32) for v in (value, other))  # type: ignore[union-attr]
+    return one.shape == two.shape and bool(np.allclose(one, two, rtol=1e-3))
+
+
+def test_a_half_plan_says_which_layers_stay_fp32_and_is_followed_when_it_is_given() -> None:
+    exported = captured("vit_tiny_patch16_224")[1]
+    name = "blocks.0.mlp.fc1/MatMul"
+    assert lower(exported, Precision.FP16).plan == PrecisionPlan()
+    given = PrecisionPlan((LayerPlan(name, Scheme.FLOAT32, "mine"), LayerPlan("gone/MatMul", Scheme.FLOAT32)))
+    found = lower(exported, Precision.FP16, plan=given)
+    assert found.plan == PrecisionPlan((LayerPlan(name, Scheme.FLOAT32, "asked for"),))
+    assert next(n for n in found.model.graph if n.name == name).outputs[0].dtype == ir.DataType.FLOAT
 
 
 def test_int8_attention_stands_between_pairs_and_is_the_pattern() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from attn_deploy.errors import UsageError
 from attn_deploy.export.precision.histogram import BINS, Histogram, empty_histogram, histogram_of
+from attn_deploy.export.precision.observation import COUNTED
 from attn_deploy.export.precision.ranges import RangeMethod, asymmetric_range, symmetric_limit
 from attn_deploy.export.precision.statistics import (
     Statistics,
@@ -103,6 +104,18 @@ def test_the_histogram_is_that_of_all_samples_in_one_pass(sizes: tuple[int, ...]
     assert found.exponent == expected.exponent
     assert found.total == x.size
     assert np.abs(np.cumsum(found.counts) - np.cumsum(expected.counts)).max() <= 2  # float32 at the edges of bins
+
+
+def test_of_a_large_map_some_elements_are_counted_of_every_row_column_and_channel() -> None:
+    text = "net (float[batch, 8, 96, 96] x) => (float[batch, 8, 96, 96] y) { [a__Neg] y = Neg (x) }"
+    plane = np.arange(96 * 96).reshape(96, 96) + 10_000 * np.arange(8)[:, None, None]
+    x = np.stack([plane, -plane]).astype(np.float32)
+    found = collect_statistics(network(text), [Wanted("x", histogram=True)], [{"x": x}], open_model).values["x"]
+    assert (found.low, found.high) == (x.min(), x.max())
+    assert found.histogram is not None
+    assert 0.4 * COUNTED < found.histogram.total / len(x) <= COUNTED
+    shares = np.cumsum(found.histogram.counts) / found.histogram.total
+    assert np.abs(shares - np.cumsum(histogram_of(x).counts) / x.size).max() < 0.002
 
 
 def test_a_norm_of_tokens_has_channels_along_its_last_axis() -> None:

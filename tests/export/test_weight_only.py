@@ -142,7 +142,7 @@ def test_a_whole_model_multiplies_integers_for_the_promised_share(tmp_path: Path
     offered = onnxruntime_cpu.alternatives(model.canonical, Precision.INT8, conditions)
     arguments = next(a.arguments for a in offered if a.suffix == "-weights")
     lowered = onnxruntime_cpu.lower(model.canonical, Precision.INT8, **arguments)
-    assert set(lowered.plan.counts) == {"int8-weights", "float"}
+    assert set(lowered.plan.counts) == {"int8-weights"}
     (path, *_) = save_model(lowered.model, tmp_path / "model.onnx")
     feeds = make_feeds(model.captured.inputs, batch=3, seed=3)
     (expected,) = model.captured.reference(feeds).values()

@@ -162,6 +162,18 @@ def test_endless_function_ends_with_the_samples_asked_for(function: Callable[[st
     assert len(keys_of(data.split(5, 9, 0).judgement)) == 9
 
 
+def test_a_function_that_yields_too_few_is_told_with_what_was_seen_and_asked(function: Callable[[str], str]) -> None:
+    data = open_arrays(function(COUNTING.format(count=20, label="i")))
+    split = data.split(64, 4, 0)
+    assert len(keys_of(split.judgement)) == 4
+    assert data.short == ()
+    seen = len(keys_of(split.calibration))
+    assert 0 < seen < 20
+    (note,) = data.short
+    assert note.startswith(f"{seen} samples of ")
+    assert note.endswith("for calibration where 64 were asked for")
+
+
 def test_samples_of_different_shapes_never_share_a_batch(function: Callable[[str], str]) -> None:
     spec = function("def samples():\n  for i in range(40): yield {'x': np.ones((i % 10 // 5) + 2, 'f')}, None")
     part = open_arrays(spec, (TensorSpec("x", "float32", ("batch", "tokens")),)).split(0, 20, 0).judgement

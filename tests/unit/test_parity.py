@@ -215,6 +215,9 @@ def test_a_fault_names_the_site() -> None:
     assert parity_fault(summarize([row("normal", 70)], [site], None), FP32) == (
         f"site layer3.attn: 7.0 dB, expected {FP32.describe()}"
     )
+    beside_int8 = msgspec.structs.replace(site, min_sqnr_db=60.0)
+    fault = parity_fault(summarize([row("normal", 70)], [beside_int8], None), Tolerance(20.0, None))
+    assert fault == "site layer3.attn: 7.0 dB, expected 60 dB or more"
 
 
 # -- cases -----------------------------------------------------------------------------------------------------------

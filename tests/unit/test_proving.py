@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from attn_deploy import proving
@@ -12,6 +13,7 @@ from attn_deploy.built import Built
 from attn_deploy.choice import Budget
 from attn_deploy.errors import NotAsAskedError
 from attn_deploy.options import ExportOptions
+from attn_deploy.parity import FP32_MIN_SQNR_DB, INT8_MIN_SQNR_DB, SiteCase, Tolerance
 from attn_deploy.receipt import DataEntry, Receipt
 from attn_deploy.target import Precision, Target
 from attn_deploy.verdict import require_as_asked
@@ -65,3 +67,21 @@ def test_it_is_a_row_where_its_precision_was_not_asked_for(refused: proving.Proo
     require_as_asked(ExportOptions(), receipt_of(tried), [tried], locate)
     with pytest.raises(NotAsAskedError):
         require_as_asked(ExportOptions(precisions_asked=True), receipt_of(tried), [tried], locate)
+
+
+@pytest.mark.parametrize(
+    ("precision", "arithmetic", "least_db"),
+    [
+        (Precision.INT8, Precision.FP32, FP32_MIN_SQNR_DB),
+        (Precision.AUTO, Precision.FP32, FP32_MIN_SQNR_DB),
+        (Precision.INT8, Precision.INT8, INT8_MIN_SQNR_DB),
+        (Precision.FP16, Precision.FP32, 25.0),
+        (Precision.INT8, Precision.FP16, INT8_MIN_SQNR_DB),
+    ],
+)
+def test_a_site_is_held_to_what_it_computes_in(precision: Precision, arithmetic: Precision, least_db: float) -> None:
+    """Attention in FP32 between INT8 layers is no worse than in an FP32 model; what the user asks of the outputs is no
+    floor of a site in INT8."""
+    built = Built("x", Target.ONNXRUNTIME_CPU, precision, (), library=False, sites=())
+    site = SiteCase("attn", b"", {}, np.zeros(1), arithmetic)
+    assert proving.site_tolerance(built, site, Tolerance(25.0, None)).min_sqnr_db == least_db

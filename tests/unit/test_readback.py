@@ -263,6 +263,7 @@ def test_a_kernel_of_tensorrt_is_named_so() -> None:
 
 TOKENS, WIDTH, HIDDEN = f32(2, 5, 8), f32(8), f32(12)
 BLOCK = (TOKENS, WIDTH, WIDTH, f32(8, 24), f32(24), f32(8, 8), WIDTH)
+INT8_BLOCK = (TOKENS, WIDTH, WIDTH, u8(8, 24), f32(24), f32(24), u8(8, 8), WIDTH, WIDTH)
 OURS = {
     "Linear": (node("NormLinearGelu", TOKENS, f32(8, 12), HIDDEN, WIDTH, WIDTH, to=f32(2, 5, 12)), 10 * 8 * 12),
     "FeedForward": (node("FeedForwardGelu", TOKENS, WIDTH, WIDTH, f32(8, 12), HIDDEN, f32(12, 8), WIDTH, to=TOKENS),

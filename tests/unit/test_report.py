@@ -19,11 +19,14 @@ from attn_deploy.receipt import (
     CandidateEntry,
     CaseParity,
     DataEntry,
+    FrontierPoint,
     Latency,
     Memory,
     Parity,
     Peer,
+    PlanPart,
     Receipt,
+    Search,
     SiteEntry,
     SiteParity,
     SiteRun,
@@ -32,6 +35,7 @@ from attn_deploy.receipt import (
 )
 from attn_deploy.report import html, words, write_html
 from attn_deploy.report.chart import latency_chart, nice_ticks
+from attn_deploy.report.frontier import frontier_chart, search_sentence
 from attn_deploy.report.html import render_html
 from attn_deploy.report.levels import level_headings
 from attn_deploy.report.sites import MANY_SITES, name_ranges, paired, site_rows
@@ -297,6 +301,55 @@ def test_headings_of_levels_keep_their_order_whichever_parts_have_them() -> None
     rows = (UnitTuning(("a",), "stock", {"stock": 1.0, "block": 2.0}, 1.0, (1.0, 1.0)), *TUNING.units)
     assert level_headings(replace(TUNING, units=rows)) == ["stock", "site", "linear", "block"]
     assert level_headings(replace(TUNING, units=rows[::-1])) == ["stock", "site", "linear", "block"]
+
+
+SEARCH = Search(
+    cpu="AMD EPYC", threads=2, budget="28 dB or more, agreement 0.98 or more", ranked_by="noise", scored=32,
+    verified=200,
+    parts=(
+        PlanPart("blocks.0.attn/PackedAttention", 2, 31.04, 2e-4, 210.4, quantized=False),
+        PlanPart("blocks.1.attn/PackedAttention", 2, 38.0, 1e-5, 205.0, quantized=True),
+        PlanPart("blocks.10.attn/PackedAttention", 2, 41.0, 1e-6, 198.0, quantized=True),
+        PlanPart("patch_embed", 1, 44.0, None, -3.0, quantized=False),
+    ),
+    frontier=(
+        FrontierPoint(3, 6, 29.9, 27.1, 0.97, 86.5, 4.1, 4.3, "output: 27.1 dB, budget 28 dB or more"),
+        FrontierPoint(2, 4, 36.2, 35.9, 0.99, 87.0, 4.6, 4.7, None, chosen=True),
+        FrontierPoint(0, 0, 200.0, 120.0, 1.0, 87.0, 5.0, 5.0, None),
+    ),
+    reverted=("blocks.0.attn/PackedAttention",),
+)  # fmt: skip
+SEARCHED = replace(FULL.candidates[0], search=SEARCH, schemes={"int8-per-token": 4, "float": 3})
+
+
+def test_a_search_shows_its_plans_and_parts_on_a_terminal_and_on_a_page() -> None:
+    receipt = replace(FULL, candidates=(SEARCHED, FAILED))
+    page = render_html(receipt)
+    for text in (flat(shown(receipt_tables(receipt), 200)), flat(re.sub(r"<[^>]+>", " ", page))):
+        assert "budget 28 dB or more, agreement 0.98 or more. 4 parts scored on 32 samples, ranked by noise" in text
+        assert "3 plans verified on 200: chosen has 4 of 7 layers in INT8" in text
+        assert "after blocks.0.attn/PackedAttention went back to FP32" in text
+        assert "4 35.9 36.2 99.0 % 87.00 4.70 4.60 chosen keeps it" in text
+        assert "6 27.1 29.9 97.0 % 86.50 4.30 4.10 misses: output: 27.1 dB, budget 28 dB or more" in text
+        assert "blocks.1,10.attn/PackedAttention (2) 4 38.0 to 41.0 1e-06 to 1e-05 198 to 205 INT8" in text
+        assert "4 int8-per-token, 3 float" in text
+
+
+def test_dots_of_plans_stand_by_their_time_and_noise() -> None:
+    chart = frontier_chart(SEARCH)
+    assert chart is not None
+    fast, chosen, float_ = chart.dots
+    assert [dot.role for dot in chart.dots] == ["missed", "chosen", "kept"]
+    assert chart.left < fast.x < chosen.x < float_.x <= chart.right
+    assert chart.bottom > fast.y > chosen.y > float_.y >= chart.top
+    assert (float_.x - chart.left) / (fast.x - chart.left) == pytest.approx(5.0 / 4.3, abs=0.01)
+    untimed = tuple(replace(point, measured_ms=None) for point in SEARCH.frontier)
+    assert frontier_chart(replace(SEARCH, frontier=untimed)) is None
+
+
+def test_a_search_that_met_nothing_says_which_plan_is_nearest() -> None:
+    text = search_sentence(replace(SEARCH, met=False, reverted=()))
+    assert "none keeps the budget; the nearest has 4 of 7 layers in INT8" in text
 
 
 def test_figures_keep_three_digits_and_never_round_up_to_all() -> None:
