@@ -180,9 +180,10 @@ def load(
     """Opens the variant of a bundle that was chosen for this host.
 
     `threads` None leaves the number to the runtime. `spinning` False: the CPU's threads sleep while they wait for work,
-    which is slower where nothing else runs and faster beside other processes. `target` and `variant` override the choice. A bundle with several
-    resolutions runs each feed on the graph of its sizes, which is opened by the first feed that needs it; `graph` opens
-    one of them alone. Raises BundleError for a damaged or newer bundle, UnavailableError when no variant can run here.
+    which is slower where nothing else runs and faster beside other processes. `target` and `variant` override the
+    choice. A bundle with several resolutions runs each feed on the graph of its sizes, which is opened by the first
+    feed that needs it; `graph` opens one of them alone. Raises BundleError for a damaged or newer bundle,
+    UnavailableError when no variant can run here.
     """
     if threads is not None and threads < 1:
         raise UsageError("threads must be at least 1", got=threads)

@@ -168,6 +168,9 @@ MULTIPLYING = frozenset({"Attention", "AttentionBlock", "ChannelAttention", "Fee
                          "QuantizedAttentionBlock", "QuantizedFeedForward", "QuantizedLinear"})  # fmt: skip
 """Operators of ours that are matrix products, as opposed to gates and pools."""
 
+QUANTIZED_CONVOLUTIONS = frozenset({"QuantizedConv", "QuantizedDepthwise"})
+"""Those of 8-bit maps, whose paddings, which are attributes, say how many multiply-adds they have."""
+
 QUANTIZED = frozenset(name for name, form in FORMS.items() if form.operator.startswith("Quantized"))
 """Those whose weights are in 8 bits. They read floats and multiply integers, but for an attention inside."""
 
@@ -175,6 +178,8 @@ QUANTIZED = frozenset(name for name, form in FORMS.items() if form.operator.star
 def _of_form(node: Node) -> int:
     """How many multiply-adds an attention has does not depend on its attributes: heads times head_dim is given."""
     form = FORMS[node.op_type]
+    if form.operator in QUANTIZED_CONVOLUTIONS:
+        return math.prod(node.outputs[0].shape) * math.prod(node.inputs[1].shape[1:])
     if form.operator not in MULTIPLYING:
         return 0
     attributes = {name: 1 for name in form.attributes}

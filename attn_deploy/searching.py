@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from msgspec.structs import replace
 
 from attn_deploy import environment, runtimes
@@ -26,7 +27,7 @@ from attn_deploy.search import Found, Part, Plan, Verified, decibel, fastest, fi
 from attn_deploy.session import Array
 from attn_deploy.target import Precision, Target
 from attn_deploy.tuning import recorded
-from attn_deploy.unit_times import group_times
+from attn_deploy.unit_times import QUARTILE, group_times
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -132,6 +133,8 @@ class _Search:
         self.layers: dict[str, tuple[str, ...]] = {}
         self.files: dict[Plan, Path] = {}
         self.verified = 0
+        self.call_us = 1.0
+        """Of the model of which nothing is quantized, in the run that gains come from."""
 
     def run(self) -> Searched:
         from attn_deploy.export.precision.search import part_losses, plan_parts
@@ -193,6 +196,7 @@ class _Search:
             measurement = measure(systems, max_total_s=GAIN_SECONDS, progress=self.progress.step)
             calls = {form: session.finish() for form, session in sessions.items()}
         rounds, per_round = measurement.samples_ms[FLOAT].shape
+        self.call_us = 1000 * float(np.quantile(measurement.samples_ms[FLOAT], QUARTILE))
         profiled = {form: recorded(of_form, rounds, per_round) for form, of_form in calls.items()}
         groups = group_times(alike(self.subject.canonical.model, parts), profiled, rounds)
         return {unit: g.time_us(FLOAT) - g.time_us(QUANTIZED) for g in groups for unit in g.units}
@@ -253,7 +257,7 @@ class _Search:
             sqnr_db=verified.sqnr_db,
             agreement=verified.agreement,
             accuracy=verified.accuracy,
-            predicted_ms=max(measured_ms[frozenset()] - gain_us(parts, plan) / 1000, 0.0),
+            predicted_ms=measured_ms[frozenset()] * max(1 - gain_us(parts, plan) / self.call_us, 0.0),
             measured_ms=measured_ms[plan],
             fault=verified.fault,
             chosen=verified is chosen,

@@ -76,14 +76,14 @@ class Cutter:
         copies: dict[ir.Value, ir.Value] = {}
         inputs: list[ir.Value] = []
         for value in part.constants:
-            copies[value] = ir.Value(name=value.name, const_value=_in_memory(value.const_value))
+            copies[value] = ir.Value(name=value.name, const_value=in_memory(value.const_value))
         for value in part.inputs:
             array = feeds[str(value.name)]
             kind = ir.TensorType(ir.DataType.from_numpy(np.asarray(array).dtype))
             fed = ir.Value(name=value.name, shape=ir.Shape(array.shape), type=kind)
             inputs.append(fed)
             copies[value] = _cast(fed, value.dtype, casts) if value.dtype in HALF and value.dtype != kind.dtype else fed
-        nodes = [*casts, *(_copied(node, copies) for node in part.nodes)]
+        nodes = [*casts, *(copied_node(node, copies) for node in part.nodes)]
         result = copies[part.result]
         result.type = result.type or ir.TensorType(ir.DataType.FLOAT)
         if result.dtype in HALF:
@@ -114,12 +114,13 @@ def _cast(value: ir.Value, dtype: ir.DataType | None, made: list[ir.Node]) -> ir
     return output
 
 
-def _in_memory(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol | None:
+def in_memory(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol | None:
     """A model given as bytes cannot refer to a file beside it."""
     return ir.tensor(tensor.numpy(), name=tensor.name) if isinstance(tensor, ir.ExternalTensor) else tensor
 
 
-def _copied(node: ir.Node, copies: dict[ir.Value, ir.Value]) -> ir.Node:
+def copied_node(node: ir.Node, copies: dict[ir.Value, ir.Value]) -> ir.Node:
+    """The node upon the copies of what it reads; its outputs are added to them."""
     outputs = []
     for output in node.outputs:
         copies[output] = ir.Value(name=output.name, shape=output.shape, type=output.type)

@@ -17,7 +17,7 @@ from attn_deploy.export.interpret import run
 from attn_deploy.export.lower.cpu_units import fuse_units
 from attn_deploy.export.rewrite import RewrittenModel
 from attn_deploy.export.rewrite.apply import example_tensors
-from attn_deploy.ops import DOMAIN, FORMS
+from attn_deploy.ops import DOMAIN, FORMS, quantized_map
 from attn_deploy.parity import SiteCase
 from attn_deploy.session import Array
 
@@ -52,6 +52,9 @@ def site_cases(canonical: CanonicalModel, lowered: ir.Model, records: Mapping[st
     for site in canonical.sites:
         operator, record = nodes[site.node], records[site.fx_node]
         holder = _holder(lowered, operator)
+        if holder is not None and FORMS[holder.op_type].operator == "QuantizedGate":
+            yield _on_levels(cutter, site.module, holder, record)
+            continue
         if holder is not None:
             yield _within(cutter, site.module, operator, holder, record, floating)
             continue
@@ -90,6 +93,28 @@ class _Floating:
         if not is_integer(holder.op_type):
             return holder
         return self._nodes[str(holder.name).replace("/Quantized", "/")]
+
+
+def _on_levels(cutter: Cutter, module: str, holder: ir.Node, record: SiteRecord) -> SiteCase:
+    """A gate on 8-bit maps is fed with the levels of the reference's operands, and compared with its result in units of
+    levels."""
+    inputs = dict(zip((i.name for i in FORMS[holder.op_type].inputs), holder.inputs, strict=True))
+    constants = {
+        name: _array(value, {}) for name, value in inputs.items() if value is not None and value.const_value is not None
+    }
+
+    def levels(name: str, array: Array) -> Array:
+        return quantized_map.levels_of(
+            array.transpose(0, 2, 3, 1), constants[f"{name}_scale"], constants[f"{name}_zero"]
+        )
+
+    feeds = {}
+    for name, array in zip(("x", "gate", "residual"), record.operands, strict=False):
+        feeds[str(inputs[name].name)] = array if name == "gate" else levels(name, array)  # type: ignore[union-attr]
+    steps = record.result.transpose(0, 2, 3, 1) / constants["y_scale"] + constants["y_zero"]
+    expected = np.clip(steps, 0, quantized_map.LEVELS).astype(np.float32)
+    part = cutter.part(holder.outputs[0], set(feeds))
+    return SiteCase(module, cutter.model_of(part, feeds), feeds, expected, part.arithmetic)
 
 
 def _within(

@@ -84,7 +84,7 @@ def frontier_rows(search: Search) -> list[FrontierRow]:
                 words.ABSENT if point.accuracy is None else f"{point.accuracy:.2f}",
                 words.milliseconds(point.measured_ms), words.milliseconds(point.predicted_ms),
             ),
-            " ".join([*(["chosen"] if point.chosen else []), f"misses: {point.fault}" if point.fault else "keeps it"]),
+            ", ".join([*(["chosen"] if point.chosen else []), f"misses: {point.fault}" if point.fault else "keeps it"]),
         )
         for point in search.frontier
     ]  # fmt: skip
@@ -160,7 +160,7 @@ def frontier_chart(search: Search) -> FrontierChart | None:
     )
     return FrontierChart(
         dots=dots,
-        path="M" + "L".join(f"{dot.x} {dot.y}" for dot in sorted(dots, key=lambda dot: dot.x)),
+        path="M" + "L".join(f"{dot.x} {dot.y}" for dot in dots),
         x_ticks=tuple((x(tick), f"{tick:g}") for tick in nice_ticks(end_ms)),
         y_ticks=tuple((y(tick), f"{tick:g}") for tick in nice_ticks(end_db)),
         description="; ".join(dot.name for dot in dots),

@@ -2,28 +2,28 @@
 
 Rounding shifts the mean of a channel, and what follows amplifies the shift. Layer by layer in the order in which they
 run, the mean of each output channel with all layers before it quantized and corrected is set beside its mean in the
-float model, and the bias takes the difference. Only means leave the graph.
+float model, and the bias takes the difference.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from attn_deploy.export.precision.append import observed_copy
 from attn_deploy.export.precision.calibration import Batches, OpenModel
-from attn_deploy.export.precision.insert import Inserter, drop_unused_initializers, set_constant
+from attn_deploy.export.precision.insert import Inserter, set_constant
 from attn_deploy.export.precision.map_means import channel_means_of
+from attn_deploy.export.precision.stretches import Stretches
 from attn_deploy.session import Array
 
 LARGEST_BIAS = 2**30
 """Half of int32's range: the products are added to it."""
 
 CORRECTION_BATCHES = 2
-"""Both means are of the same images, so a few are enough; every layer asks for a run of all that is before it."""
+"""Both means are of the same images, so a few are enough; they are held."""
 
 
 def correct_biases(
@@ -35,37 +35,31 @@ def correct_biases(
     A bias may be a float initializer, one in int32 behind DequantizeLinear, or not there. Returns what was added,
     float32 [channels] by layer. Raises AttnDeployError without calibration data.
     """
-    nodes = {str(node.name): node for node in quantized.graph}
-    ordered = [str(node.name) for node in quantized.graph if str(node.name) in set(layers)]
-    if not ordered:
+    nodes = [node for node in quantized.graph if node.name in set(layers)]
+    if not nodes:
         return {}
-    expected = channel_means(reference, ordered, batches, open_model)
+    few = list(itertools.islice(batches(), CORRECTION_BATCHES))
+    expected = _means(reference, {str(node.name) for node in nodes}, few, open_model)
+    stretches = Stretches(quantized, few, open_model)
     added = {}
-    for name in ordered:
-        got = channel_means(quantized, [name], batches, open_model)[name]
-        added[name] = _add_to_bias(quantized, nodes[name], expected[name] - got)
+    for node in nodes:
+        found = stretches.run_to(node.outputs[0])
+        got = np.average(
+            [f.mean(axis=(0, 2, 3), dtype=np.float64) for f in found], axis=0, weights=list(map(len, found))
+        )
+        name = str(node.name)
+        added[name] = _add_to_bias(quantized, node, expected[name] - got)
+        stretches.replace(node.outputs[0], [f + added[name][:, None, None] for f in found])
     return added
 
 
-def channel_means(model: ir.Model, layers: Sequence[str], batches: Batches, open_model: OpenModel) -> dict[str, Array]:
+def _means(
+    model: ir.Model, layers: Collection[str], batches: Sequence[Mapping[str, Array]], open_model: OpenModel
+) -> dict[str, Array]:
     """Mean of each output channel over samples and pixels, float64 [channels] by layer."""
-    outputs = {str(node.name): str(node.outputs[0].name) for node in model.graph if node.name in set(layers)}
-    means = channel_means_of(
-        _up_to(model, outputs.values()), list(outputs.values()),
-        lambda: itertools.islice(batches(), CORRECTION_BATCHES), open_model,
-    )  # fmt: skip
+    outputs = {str(node.name): str(node.outputs[0].name) for node in model.graph if node.name in layers}
+    means = channel_means_of(model, list(outputs.values())[::-1], lambda: batches, open_model)
     return {layer: means[value] for layer, value in outputs.items()}
-
-
-def _up_to(model: ir.Model, names: Collection[str]) -> ir.Model:
-    """A copy with nothing in it but what the named values follow from."""
-    copy, values = observed_copy(model)
-    copy.graph.outputs.extend(values[name] for name in names)
-    for node in reversed(list(copy.graph)):
-        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
-            copy.graph.remove(node, safe=True)
-    drop_unused_initializers(copy)
-    return copy
 
 
 def _add_to_bias(model: ir.Model, conv: ir.Node, difference: Array) -> Array:

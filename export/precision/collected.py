@@ -82,13 +82,25 @@ class Statistics:
         return all(w.name in self.values and self.values[w.name].holds(w) for w in wanted)
 
     def dead_channels(self) -> tuple[str, ...]:
-        """A note for each value that has channels which no sample made other than zero."""
-        found = []
-        for name, value in self.values.items():
-            if value.channel_low is not None and (dead := np.flatnonzero(value.channel_largest() == 0)).size:
-                shown = ", ".join(map(str, dead[:8])) + (", ..." if dead.size > 8 else "")
-                found.append(f"{name}: {dead.size} of {value.channel_low.size} channels are always zero ({shown})")
-        return tuple(found)
+        """A note where channels were zero in every sample; none where there are no such."""
+        largest = {n: v.channel_largest() for n, v in self.values.items() if v.channel_low is not None}
+        return dead_channels_note(largest)
+
+
+SHOWN = 3
+"""Activations that a note names."""
+
+
+def dead_channels_note(largest: Mapping[str, Array]) -> tuple[str, ...]:
+    """One note or none. `largest`: max |x| of each channel, [channels], by what has them."""
+    dead = {name: np.flatnonzero(values == 0) for name, values in largest.items()}
+    found = [f"{name} ({', '.join(map(str, d[:SHOWN]))}{', ...' if d.size > SHOWN else ''})"
+             for name, d in dead.items() if d.size]  # fmt: skip
+    if not found:
+        return ()
+    total, more = sum(d.size for d in dead.values()), "; ..." if len(found) > SHOWN else ""
+    what = "channel is" if total == 1 else "channels are"
+    return (f"{total} {what} always zero on the calibration data: {'; '.join(found[:SHOWN])}{more}",)
 
 
 def _both(function: np.ufunc, one: Array | None, other: Array | None) -> Array | None:

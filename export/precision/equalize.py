@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from attn_deploy.errors import UsageError
+from attn_deploy.export.precision.collected import dead_channels_note
 from attn_deploy.export.precision.insert import set_constant
 from attn_deploy.export.precision.observation import Wanted
 from attn_deploy.export.precision.plan import weight_of
@@ -66,25 +67,23 @@ def wanted_for_equalization(model: ir.Model, layers: Collection[str] | None = No
 
 def equalize(model: ir.Model, statistics: Statistics, layers: Collection[str] | None = None) -> tuple[str, ...]:
     """Scales the channels of every chain that touches one of `layers` (those in INT8; None: all), in place and exactly
-    but for float32 rounding. Returns notes. Values that change get names of their own: statistics of the old ones are
-    not theirs.
+    but for float32 rounding. Values that change get names of their own: statistics of the old ones are
+    not theirs. A note says where channels are always zero.
 
     Raises UsageError where the statistics do not hold what a chain reads.
     """
-    notes = []
+    seen = {}
     for chain in chains(model):
         if not _matters(chain, layers):
             continue
-        largest = _channel_largest(chain, statistics)
+        largest = seen[str(chain.producer.name)] = _channel_largest(chain, statistics)
         factors = equalization_factors(chain, largest)
-        if dead := int((largest == 0).sum()):
-            notes.append(f"{chain.producer.name}: {dead} of {largest.size} channels are always zero")
         _divide_outputs(model, chain.producer, factors)
         for reader in chain.readers:
             _multiply_inputs(model, reader, factors)
         for value in chain.values:
             value.name = f"{value.name}/equalized"
-    return tuple(notes)
+    return dead_channels_note(seen)
 
 
 def equalization_factors(chain: Chain, largest: Array) -> Array:
@@ -134,6 +133,8 @@ def _scaled_values(value: ir.Value) -> list[ir.Value] | None:
 
 
 def _matters(chain: Chain, layers: Collection[str] | None) -> bool:
+    if not any(map(_is_map, chain.readers)):
+        return False
     return layers is None or any(str(node.name) in layers for node in (chain.producer, *chain.readers))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from attn_deploy.errors import UsageError
+from attn_deploy.export.precision.collected import dead_channels_note
 from attn_deploy.export.precision.insert import set_constant
 from attn_deploy.export.precision.observation import Wanted
 from attn_deploy.export.precision.plan import weight_of
@@ -62,23 +63,22 @@ def wanted_for_smoothing(model: ir.Model, layers: Sequence[str] | None = None) -
 def smooth(model: ir.Model, strengths: Mapping[str, float], statistics: Statistics) -> tuple[str, ...]:
     """Applies `strengths` (the plan's `smoothing`: by norm's node) in place, exactly but for float32 rounding. Weights
     and scales that something else uses too are copied. What a norm writes gets a name of its own: it is no longer the
-    value that statistics, or a block of the reference, have by that name. Returns notes.
+    value that statistics, or a block of the reference, have by that name. Returns a note where channels are always
+    zero: they stay as they are.
 
     Raises UsageError for a name that is no such norm, or one that the statistics do not hold.
     """
     norms = {norm.name: norm for norm in smoothable_norms(model)}
-    notes = []
+    seen = {}
     for name, strength in strengths.items():
         if name not in norms:
             expected = nearest(name, norms) if norms else "a model with norms that only linear layers read"
             raise UsageError("the plan smooths what is no norm before linear layers", got=name, expected=expected)
         norm = norms[name]
-        largest = _channel_largest(norm, statistics)
-        apply_factors(model, norm, smoothing_factors(norm, largest, strength))
+        seen[name] = _channel_largest(norm, statistics)
+        apply_factors(model, norm, smoothing_factors(norm, seen[name], strength))
         norm.node.outputs[0].name = f"{norm.value}/smoothed"
-        if dead := int((largest == 0).sum()):
-            notes.append(f"{name}: {dead} of {largest.size} channels are always zero and stay as they are")
-    return tuple(notes)
+    return dead_channels_note(seen)
 
 
 def smoothing_factors(norm: SmoothableNorm, largest: Array, strength: float) -> Array:

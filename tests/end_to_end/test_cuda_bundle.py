@@ -109,6 +109,7 @@ def test_what_is_right_there_is_promoted_opened_and_measured(attn_deploy_cli: Cl
         (("--target", "tensorrt", "--tensorrt-version", "eleven"), "MAJOR.MINOR"),
         (("--target", "onnxruntime-cuda", "--precision", "int8"), "onnxruntime-cuda has no int8"),
         (("--target", "onnxruntime-cpu", "--precision", "bf16"), "onnxruntime-cpu has no bf16"),
+        (("--target", "onnxruntime-cpu", "--precision", "fp8"), "onnxruntime-cpu has no fp8"),
     ],
 )
 def test_what_a_target_does_not_have_is_said_before_any_work(

@@ -24,6 +24,7 @@ from attn_deploy.errors import AttnDeployError
 from attn_deploy.parity import sqnr_db
 from attn_deploy.receipt import Receipt
 from attn_deploy.runtimes import native
+from attn_deploy.runtimes import onnxruntime as on_cpu
 
 SAMPLE = demo.SAMPLE_IMAGES / "7_0.png"
 MODULES = ["se_block", "cbam_block", "cbam_block", "transformer.attention", "hard_attention", "hard_attention"]
@@ -136,6 +137,25 @@ def test_load_gives_what_pytorch_gives_on_any_batch(demo_bundle: Path) -> None:
         limit = 60 if "fp32" in session.variant else 20
         for batch in (1, 2, 5):
             assert sqnr_db(in_pytorch(images(batch)), session(images(batch))) > limit
+
+
+def test_threads_sleep_where_a_host_is_shared(demo_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    create = on_cpu.create_session
+
+    def observed(model: Any, settings: Any) -> Any:
+        opened.append(settings)
+        return create(model, settings)
+
+    monkeypatch.setattr(on_cpu, "create_session", observed)
+    with attn_deploy.load(demo_bundle, threads=2, spinning=False) as sleeping:
+        result = sleeping(images(3))
+    with attn_deploy.load(demo_bundle, threads=2) as spinning:
+        np.testing.assert_array_equal(result, spinning(images(3)))
+    entry = "session.intra_op.allow_spinning"
+    assert opened[0].get_session_config_entry(entry) == "0"
+    with pytest.raises(RuntimeError, match=entry):  # ONNX Runtime's default
+        opened[1].get_session_config_entry(entry)
 
 
 FRESH = """

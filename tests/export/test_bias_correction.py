@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import onnx_ir as ir
 import pytest
 
 from attn_deploy.errors import AttnDeployError
-from attn_deploy.export.precision.bias_correction import channel_means, correct_biases
+from attn_deploy.export.precision.bias_correction import correct_biases
 from attn_deploy.export.precision.int8_conv import quantize_convs, values_to_calibrate
+from attn_deploy.export.precision.map_means import channel_means_of
 from attn_deploy.export.precision.plan import weighted_nodes
 from attn_deploy.export.precision.statistics import Wanted, collect_statistics
 from attn_deploy.parity import sqnr_db
@@ -57,13 +59,19 @@ def coarse(kind: str) -> ir.Model:
     return model
 
 
+def means_of(model: ir.Model) -> dict[str, Array]:
+    values = {str(node.name): str(node.outputs[0].name) for node in model.graph if node.name in LAYERS}
+    found = channel_means_of(model, list(values.values()), batches, open_model)
+    return {layer: found[value] for layer, value in values.items()}
+
+
 @pytest.mark.parametrize("kind", ["float", "int8"])
 def test_every_channel_has_the_mean_it_has_in_float(kind: str) -> None:
     model = coarse(kind)
-    expected = channel_means(float_model(), LAYERS, batches, open_model)
-    before = channel_means(model, LAYERS, batches, open_model)
+    expected = means_of(float_model())
+    before = means_of(model)
     correct_biases(model, float_model(), LAYERS, batches, open_model)
-    after = channel_means(model, LAYERS, batches, open_model)
+    after = means_of(model)
     for layer in LAYERS:
         was, now = (np.abs(means[layer] - expected[layer]).max() for means in (before, after))
         assert was > 0.05
@@ -82,19 +90,12 @@ def test_the_outputs_come_closer(kind: str) -> None:
 def test_layers_before_are_corrected_first() -> None:
     """What the last layer is given is what is left when those before it are right: all at once would correct twice."""
     model = coarse("float")
-    expected = channel_means(float_model(), LAYERS, batches, open_model)
-    at_once = channel_means(model, LAYERS, batches, open_model)
+    expected = means_of(float_model())
+    at_once = means_of(model)
     added = correct_biases(model, float_model(), LAYERS[::-1], batches, open_model)
     assert list(added) == LAYERS
     np.testing.assert_allclose(added["one/Conv"], expected["one/Conv"] - at_once["one/Conv"], atol=1e-6)
     assert np.abs(added["three/Conv"] - (expected["three/Conv"] - at_once["three/Conv"])).max() > 0.01
-
-
-def test_a_mean_is_that_of_numpy() -> None:
-    x = np.concatenate([b["x"] for b in batches()])
-    w, b = WEIGHTS["w1"], WEIGHTS["b1"]
-    means = np.einsum("oc,nchw->o", w[:, :, 0, 0], x) / (len(x) * 64) + b
-    np.testing.assert_allclose(channel_means(float_model(), ["one/Conv"], batches, open_model)["one/Conv"], means, 1e-4)
 
 
 def test_a_model_that_lost_nothing_keeps_its_biases() -> None:
@@ -110,3 +111,27 @@ def test_without_layers_nothing_is_run() -> None:
 def test_without_data_it_is_an_error() -> None:
     with pytest.raises(AttnDeployError, match="no sample"):
         correct_biases(coarse("float"), float_model(), LAYERS, lambda: [], open_model)
+
+
+def test_no_node_is_run_twice_for_the_next_layer() -> None:
+    ran: list[list[str]] = []
+
+    def watched(model: ir.Model) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
+        ran.append([str(node.name) for node in model.graph])
+        return open_model(model)
+
+    correct_biases(coarse("int8"), float_model(), LAYERS, batches, watched)
+    in_stretches = [name for names in ran[1:] for name in names]
+    assert len(ran) == 1 + len(LAYERS)
+    assert len(set(in_stretches)) == len(in_stretches)
+
+
+def test_a_residual_that_later_layers_read_is_held() -> None:
+    text = NET.replace("Conv (rb, w3, b3)", "Conv (sum, w3, b3)").replace(
+        "    [three__Conv]", "    [sum__Add] sum = Add (rb, ra)\n    [three__Conv]"
+    )
+    given = {k: (np.rint(v * 4) / 4).astype(np.float32) if k[0] == "w" else v for k, v in WEIGHTS.items()}
+    model, reference = network(text, **given), network(text, **WEIGHTS)
+    correct_biases(model, reference, LAYERS, batches, open_model)
+    for layer, mean in means_of(reference).items():
+        np.testing.assert_allclose(means_of(model)[layer], mean, atol=1e-5)

@@ -152,8 +152,8 @@ def test_channels_that_are_always_zero_are_said_and_divide_nothing_by_zero() -> 
     given = weights()
     given["wa"][4] = given["ba"][4] = 0
     model = network(BLOCK, **given)
-    notes = equalize(model, statistics(model))
-    assert notes[0] == "expand/Conv: 1 of 8 channels are always zero"
+    (note,) = equalize(model, statistics(model))
+    assert note == "1 channel is always zero on the calibration data: expand/Conv (4)"
     x = normal(3, 3, 8, 8, seed=50)
     assert sqnr_db(run(network(BLOCK, **given), x=x), run(model, x=x)) > 110
 

@@ -329,7 +329,7 @@ def test_a_search_shows_its_plans_and_parts_on_a_terminal_and_on_a_page() -> Non
         assert "budget 28 dB or more, agreement 0.98 or more. 4 parts scored on 32 samples, ranked by noise" in text
         assert "3 plans verified on 200: chosen has 4 of 7 layers in INT8" in text
         assert "after blocks.0.attn/PackedAttention went back to FP32" in text
-        assert "4 35.9 36.2 99.0 % 87.00 4.70 4.60 chosen keeps it" in text
+        assert "4 35.9 36.2 99.0 % 87.00 4.70 4.60 chosen, keeps it" in text
         assert "6 27.1 29.9 97.0 % 86.50 4.30 4.10 misses: output: 27.1 dB, budget 28 dB or more" in text
         assert "blocks.1,10.attn/PackedAttention (2) 4 38.0 to 41.0 1e-06 to 1e-05 198 to 205 INT8" in text
         assert "4 int8-per-token, 3 float" in text

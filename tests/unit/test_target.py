@@ -37,7 +37,7 @@ def test_a_misspelt_precision_is_answered_with_the_nearest() -> None:
 def test_a_precision_that_is_near_to_none_names_them_all(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_precision(text)
-    assert caught.value.expected == "one of: bf16, fp16, fp32, int8"
+    assert caught.value.expected == "one of: auto, bf16, fp16, fp32, fp8, int8"
 
 
 def test_nearest_offers_at_most_three() -> None:

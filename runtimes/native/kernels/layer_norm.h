@@ -28,68 +28,88 @@ ATTN_DEPLOY_INLINE Vec LoadLanes(const float* p, int64_t count) {
   return count == kLanes ? Load(p) : LoadPartial(p, count);
 }
 
-// What LayerNorm makes of a row: (x - mean) * scale - shift.
-struct RowMoments {
-  float mean;
-  float scale;  // NaN where the row has NaN or an infinity
-  float shift;
+// Lane r: what op makes of all lanes of v[r], for one row or four. In the same order for both, so that a row's results
+// are the same bits whatever rows it stands beside.
+template <int kRows, typename Op>
+ATTN_DEPLOY_INLINE Vec ReduceRows(const Vec (&v)[kRows], const Op& op) {
+  static_assert(kRows == 1 || kRows == 4, "lanes of a vector of any instruction set");
+  if constexpr (kRows == 4) return ReduceFour(v, op);
+  const Vec same[4] = {v[0], v[0], v[0], v[0]};
+  return ReduceFour(same, op);
+}
+
+ATTN_DEPLOY_INLINE Vec AddRows(Vec a, Vec b) { return a + b; }
+
+// One number a row: lanes of a vector, in memory.
+struct PerRow {
+  explicit PerRow(Vec v) { Store(lanes, v); }
+  alignas(64) float lanes[kLanes];
 };
 
-// kRows rows at a time, so that the latency of one row's sums hides behind the others'. Two passes over rows that stand
-// in L1: the mean; the variance about it, and by how much rounding left the mean wrong, which matters where it is large
-// against the spread.
+// What rows are: their mean as `about` + `error`, and their variance.
+struct RowSums {
+  Vec error;
+  Vec variance;
+};
+
 template <int kRows>
-ATTN_DEPLOY_INLINE void MomentsTogether(const float* const* x, int64_t columns, float epsilon,
-                                        RowMoments (&moments)[kRows]) {
-  const float inverse = 1.0f / static_cast<float>(columns);
-  Vec sum[kRows], square[kRows], mean[kRows];
+ATTN_DEPLOY_INLINE RowSums SumsAbout(const float* const* x, int64_t columns, const float* about) {
+  Vec sum[kRows], square[kRows];
   ATTN_DEPLOY_UNROLL
-  for (int r = 0; r < kRows; ++r) sum[r] = Zero();
-  ForVectors(columns, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-    ATTN_DEPLOY_UNROLL
-    for (int r = 0; r < kRows; ++r) sum[r] = sum[r] + LoadLanes(x[r] + i, count);
-  });
-  ATTN_DEPLOY_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    moments[r].mean = ReduceAdd(sum[r]) * inverse;
-    mean[r] = Broadcast(moments[r].mean);
-    sum[r] = square[r] = Zero();
-  }
+  for (int r = 0; r < kRows; ++r) sum[r] = square[r] = Zero();
   ForVectors(columns, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
     ATTN_DEPLOY_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      Vec d = LoadLanes(x[r] + i, count) - mean[r];
+      Vec d = LoadLanes(x[r] + i, count) - Broadcast(about[r]);
       if (count < kLanes) d = FirstLanes(d, count);
       sum[r] = sum[r] + d;
       square[r] = Fma(d, d, square[r]);
     }
   });
-  ATTN_DEPLOY_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    const float error = ReduceAdd(sum[r]) * inverse;
-    const float variance = ReduceAdd(square[r]) * inverse - error * error;
-    moments[r].scale = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + epsilon);
-    moments[r].shift = error * moments[r].scale;
-  }
+  const Vec inverse = Broadcast(1.0f / static_cast<float>(columns));
+  const Vec error = ReduceRows(sum, AddRows) * inverse;
+  return {error, NegFma(error, error, ReduceRows(square, AddRows) * inverse)};
 }
 
-// y = (x - mean) / sqrt(variance + epsilon) for kRows rows at a time.
+// What LayerNorm makes of rows: (x - about) * scale - shift. The scale is NaN where the row has NaN or an infinity.
+template <int kRows>
+struct RowMoments {
+  // One pass over the rows, about the first number of each: the mean, and the variance about it, which loses digits as
+  // the square of their distance grows against the variance. Where it does, and only for that row, another pass about
+  // the mean, which then is so near that `error` tells how it was rounded.
+  __attribute__((always_inline)) RowMoments(const float* const* x, int64_t columns, float epsilon) {
+    for (int r = 0; r < kRows; ++r) about[r] = x[r][0];
+    const RowSums sums = SumsAbout<kRows>(x, columns, about);
+    PerRow error(sums.error), variance(sums.variance);
+    for (int r = 0; r < kRows; ++r) {
+      constexpr float kMost = 8.0f;
+      if (!(error.lanes[r] * error.lanes[r] > kMost * variance.lanes[r])) continue;
+      about[r] += error.lanes[r];
+      const RowSums again = SumsAbout<1>(x + r, columns, about + r);
+      error.lanes[r] = PerRow(again.error).lanes[0];
+      variance.lanes[r] = PerRow(again.variance).lanes[0];
+    }
+    const Vec spread = Sqrt(Max(Zero(), Load(variance.lanes)) + Broadcast(epsilon));
+    const Vec scales = Broadcast(1.0f) / spread;
+    const PerRow scale_of(scales), shift_of(Load(error.lanes) * scales);
+    for (int r = 0; r < kRows; ++r) {
+      scale[r] = scale_of.lanes[r];
+      shift[r] = shift_of.lanes[r];
+    }
+  }
+  float about[kRows], scale[kRows], shift[kRows];
+};
+
+// y = (x - mean) / sqrt(variance + epsilon) for kRows rows at a time, so that the latency of one row's sums hides behind
+// the others'.
 template <int kRows>
 void NormalizeTogether(const float* const* x, int64_t columns, float epsilon, float* y, int64_t y_stride) {
-  RowMoments moments[kRows];
-  MomentsTogether<kRows>(x, columns, epsilon, moments);
-  Vec mean[kRows], scale[kRows], shift[kRows];
-  ATTN_DEPLOY_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    mean[r] = Broadcast(moments[r].mean);
-    scale[r] = Broadcast(moments[r].scale);
-    shift[r] = Broadcast(moments[r].shift);
-  }
+  const RowMoments<kRows> moments(x, columns, epsilon);
   ForVectors(columns, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
     ATTN_DEPLOY_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const Vec d = LoadLanes(x[r] + i, count) - mean[r];
-      const Vec result = d * scale[r] - shift[r];
+      const Vec d = LoadLanes(x[r] + i, count) - Broadcast(moments.about[r]);
+      const Vec result = d * Broadcast(moments.scale[r]) - Broadcast(moments.shift[r]);
       if (count == kLanes) Store(y + r * y_stride + i, result);
       if (count < kLanes) StorePartial(y + r * y_stride + i, result, count);
     }

@@ -109,45 +109,57 @@ ATTN_DEPLOY_INLINE void StoreLevels(Level* to, const Vec (&v)[2], Vec inverse, i
 #endif
 #endif
 
-// What a row's smallest and largest number, 0 included, make of it.
-struct RowScale {
-  float scale;
-  float inverse;
-  int32_t zero;  // less kLevelOffset
+// The scales of kRows rows.
+template <int kRows>
+struct RowScales {
+  // From each row's numbers: their smallest and largest lanes, 0 included; `poison` is NaN in a lane of a row that is not
+  // finite, which minima lose. Ranges below 1e-36, whose inverse may be infinite, count as 0.
+  RowScales(const Vec (&low)[kRows], const Vec (&high)[kRows], const Vec (&poison)[kRows]) {
+    const Vec least = ReduceRows(low, [](Vec a, Vec b) __attribute__((always_inline)) { return Min(a, b); });
+    const Vec most = ReduceRows(high, [](Vec a, Vec b) __attribute__((always_inline)) { return Max(a, b); });
+    const Vec range = (most - least) + ReduceRows(poison, AddRows);
+    const Vec small = Broadcast(1e-36f);
+    const Vec inverses = IfLess(range, small, Zero(), Broadcast(255.0f) / range);
+    const Vec scales = IfLess(range, small, Zero(), range / Broadcast(255.0f));
+    const Vec zeros = Max(RoundToNearest((Zero() - least) * inverses), Zero());  // 0 where it would be NaN
+    const PerRow inverse_of(inverses), scale_of(scales), zero_of(zeros);
+    for (int r = 0; r < kRows; ++r) {
+      inverse[r] = inverse_of.lanes[r];
+      scale[r] = scale_of.lanes[r];
+      zero[r] = static_cast<int32_t>(zero_of.lanes[r]) - kLevelOffset;
+    }
+  }
+  float inverse[kRows], scale[kRows];
+  int32_t zero[kRows];
 };
 
-// NaN is for rows that are not finite. Ranges below 1e-36, whose inverse may be infinite, count as 0.
-ATTN_DEPLOY_INLINE RowScale ScaleOf(float low, float high, bool is_finite) {
-  const float range = high - low;
-  if (!is_finite) return {__builtin_nanf(""), 0.0f, -kLevelOffset};
-  if (range < 1e-36f) return {0.0f, 0.0f, -kLevelOffset};
-  const float inverse = 255.0f / range;
-  return {range / 255.0f, inverse, static_cast<int32_t>(__builtin_rintf(-low * inverse)) - kLevelOffset};
-}
-
-ATTN_DEPLOY_INLINE void QuantizeRow(const float* x, int64_t columns, const RowScale& scale, int64_t r,
-                                    const QuantizedRows& to) {
-  to.scale[r] = scale.scale;
-  to.zero[r] = scale.zero;
-  Level* levels = to.levels + r * to.stride;
-  const Vec inverse = Broadcast(scale.inverse);
+ATTN_DEPLOY_INLINE void QuantizeRow(const float* x, int64_t columns, float inverse_scale, int32_t zero, Level* levels) {
+  const Vec inverse = Broadcast(inverse_scale);
   Vec v[kVectorsPerStore];
-  int64_t i = 0;
-  for (; i + kLevelsPerStore <= columns; i += kLevelsPerStore) {
+  if (columns < kLevelsPerStore) {
+    for (int j = 0; j < kVectorsPerStore; ++j) {
+      const int64_t count = Maximum(0, Minimum(kLanes, columns - j * kLanes));
+      v[j] = count == 0 ? Zero() : LoadLanes(x + j * kLanes, count);
+    }
+    return StoreLevels(levels, v, inverse, zero);
+  }
+  for (int64_t i = 0; i < columns; i += kLevelsPerStore) {
+    const int64_t at = Minimum(i, columns - kLevelsPerStore);  // the last ones once more, where some are left
     ATTN_DEPLOY_UNROLL
-    for (int j = 0; j < kVectorsPerStore; ++j) v[j] = Load(x + i + j * kLanes);
-    StoreLevels(levels + i, v, inverse, scale.zero);
+    for (int j = 0; j < kVectorsPerStore; ++j) v[j] = Load(x + at + j * kLanes);
+    StoreLevels(levels + at, v, inverse, zero);
   }
-  if (i == columns) return;
-  ATTN_DEPLOY_UNROLL
-  for (int j = 0; j < kVectorsPerStore; ++j) {
-    const int64_t count = Maximum(0, Minimum(kLanes, columns - i - j * kLanes));
-    v[j] = count == 0 ? Zero() : LoadLanes(x + i + j * kLanes, count);
-  }
-  StoreLevels(levels + i, v, inverse, scale.zero);
 }
 
-ATTN_DEPLOY_INLINE float ReduceMin(Vec v) { return -ReduceMax(-v); }
+template <int kRows>
+ATTN_DEPLOY_INLINE void QuantizeScaled(const float* const* x, int64_t columns, const RowScales<kRows>& scales,
+                                       int64_t row, const QuantizedRows& to) {
+  for (int r = 0; r < kRows; ++r) {
+    to.scale[row + r] = scales.scale[r];
+    to.zero[row + r] = scales.zero[r];
+    QuantizeRow(x[r], columns, scales.inverse[r], scales.zero[r], to.levels + (row + r) * to.stride);
+  }
+}
 
 // kRows rows at a time, so that the latency of one row's minimum hides behind the others'.
 template <int kRows>
@@ -161,14 +173,10 @@ void QuantizeTogether(const float* const* x, int64_t columns, int64_t row, const
       const Vec v = LoadLanes(x[r] + i, count);
       low[r] = Min(v, low[r]);
       high[r] = Max(v, high[r]);
-      poison[r] = Fma(v, Zero(), poison[r]);  // NaN from NaN and from infinities, which minima lose
+      poison[r] = Fma(v, Zero(), poison[r]);
     }
   });
-  ATTN_DEPLOY_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    const RowScale scale = ScaleOf(ReduceMin(low[r]), ReduceMax(high[r]), !HasNan(poison[r]));
-    QuantizeRow(x[r], columns, scale, row + r, to);
-  }
+  QuantizeScaled(x, columns, RowScales<kRows>(low, high, poison), row, to);
 }
 
 // Rows r in [0, rows) of x, which may have a map, `columns` each.
@@ -192,28 +200,28 @@ template <int kRows>
 void NormalizeAndQuantizeTogether(const float* const* x, int64_t columns, float epsilon, const float* norm_scale,
                                   const float* norm_bias, float* y, int64_t row, const QuantizedRows& to) {
   const int64_t y_stride = ScratchStride(columns);
-  RowMoments moments[kRows];
-  MomentsTogether<kRows>(x, columns, epsilon, moments);
-  Vec low[kRows], high[kRows];
+  const RowMoments<kRows> moments(x, columns, epsilon);
+  Vec low[kRows], high[kRows], poison[kRows];
   ATTN_DEPLOY_UNROLL
-  for (int r = 0; r < kRows; ++r) low[r] = high[r] = Zero();
+  for (int r = 0; r < kRows; ++r) {
+    low[r] = high[r] = Zero();
+    poison[r] = Broadcast(0.0f * moments.scale[r]);
+  }
   ForVectors(columns, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
     const Vec scale = LoadLanes(norm_scale + i, count);
     const Vec bias = LoadLanes(norm_bias + i, count);
     ATTN_DEPLOY_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const Vec d = LoadLanes(x[r] + i, count) - Broadcast(moments[r].mean);
-      const Vec v = Fma(d * Broadcast(moments[r].scale) - Broadcast(moments[r].shift), scale, bias);
+      const Vec d = LoadLanes(x[r] + i, count) - Broadcast(moments.about[r]);
+      const Vec v = Fma(d * Broadcast(moments.scale[r]) - Broadcast(moments.shift[r]), scale, bias);
       Store(y + r * y_stride + i, v);  // beyond the last column 0, and there is room
       low[r] = Min(v, low[r]);
       high[r] = Max(v, high[r]);
     }
   });
-  ATTN_DEPLOY_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    const bool is_finite = moments[r].scale == moments[r].scale;
-    QuantizeRow(y + r * y_stride, columns, ScaleOf(ReduceMin(low[r]), ReduceMax(high[r]), is_finite), row + r, to);
-  }
+  const float* rows[kRows];
+  for (int r = 0; r < kRows; ++r) rows[r] = y + r * y_stride;
+  QuantizeScaled(rows, columns, RowScales<kRows>(low, high, poison), row, to);
 }
 
 // The same of LayerNorm(x) * norm_scale + norm_bias, both [columns] and finite.

@@ -6,12 +6,6 @@
 namespace attn_deploy::native::ATTN_DEPLOY_ISA {
 namespace {
 
-// Rows whose group of hidden columns is made and quantized at a time.
-#ifndef PASS
-#define PASS 1
-#endif
-constexpr int64_t kPassRows = PASS * kTileRows;
-
 // Panels of the first product that hold a group of hidden columns. A panel at the border of two groups is made for both.
 struct GroupPanels {
   GroupPanels(int64_t columns, int64_t group)
@@ -32,7 +26,7 @@ struct Layout {
         normalizing(WholeLines(rows * kPanelColumns)),
         levels(normalizing + WholeLines(NormalizeScratch(plan.channels))),
         hidden(levels + QuantizedRowsFloats(rows, plan.channels)),
-        hidden_levels(hidden + Minimum(rows, kPassRows) * hidden_stride),
+        hidden_levels(hidden + Minimum(rows, kTileRows) * hidden_stride),
         end(hidden_levels + QuantizedRowsFloats(rows, group_columns)) {}
 
   int64_t group_columns;
@@ -62,11 +56,11 @@ void MakeHidden(const QuantizedFeedForwardPlan& plan, const QuantizedFeedForward
   to.columns = (panels.last - panels.first) * kPanelColumns;
   to.has_room = true;
   to.activation = plan.activation;
-  const int64_t passes = (rows + kPassRows - 1) / kPassRows;
-  for (int64_t pass = 0; pass < passes; ++pass) {
-    const int64_t row = rows * pass / passes;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t row = rows * tile / tiles;
     product.a = RowsFrom(x, row);
-    product.rows = rows * (pass + 1) / passes - row;
+    product.rows = rows * (tile + 1) / tiles - row;
     MultiplyQuantizedPanels(product, to);
     QuantizeRows({hidden + panels.column, at.hidden_stride, nullptr}, product.rows, at.group_columns,
                  RowsFrom(hidden_levels, row));

@@ -77,6 +77,15 @@ ATTN_DEPLOY_INLINE Vec MaxOrNan(Vec a, Vec b) {
   return _mm512_mask_mov_ps(_mm512_max_ps(b, a), _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q), b);
 }
 ATTN_DEPLOY_INLINE bool HasNan(Vec v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
+// What op(Vec, Vec) makes of all lanes of v[0], of v[1], of v[2] and of v[3], in lanes 0 to 3.
+template <typename Op>
+ATTN_DEPLOY_INLINE Vec ReduceFour(const Vec (&v)[4], const Op& op) {
+  const Vec a = op(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  const Vec b = op(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  const Vec four = op(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  const Vec halves = op(four, _mm512_shuffle_f32x4(four, four, 0x4e));
+  return op(halves, _mm512_shuffle_f32x4(halves, halves, 0xb1));
+}
 
 #elif defined(__AVX2__)
 
@@ -128,6 +137,13 @@ ATTN_DEPLOY_INLINE Vec MaxOrNan(Vec a, Vec b) {
   return _mm256_blendv_ps(_mm256_max_ps(b, a), b, _mm256_cmp_ps(b, b, _CMP_UNORD_Q));
 }
 ATTN_DEPLOY_INLINE bool HasNan(Vec v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)) != 0; }
+template <typename Op>
+ATTN_DEPLOY_INLINE Vec ReduceFour(const Vec (&v)[4], const Op& op) {
+  const Vec a = op(_mm256_unpacklo_ps(v[0], v[1]), _mm256_unpackhi_ps(v[0], v[1]));
+  const Vec b = op(_mm256_unpacklo_ps(v[2], v[3]), _mm256_unpackhi_ps(v[2], v[3]));
+  const Vec four = op(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+  return op(four, _mm256_permute2f128_ps(four, four, 0x01));
+}
 
 #else
 
@@ -171,6 +187,12 @@ ATTN_DEPLOY_INLINE Vec RoundToNearest(Vec v) { return vrndnq_f32(v); }
 ATTN_DEPLOY_INLINE Vec IfLess(Vec a, Vec b, Vec yes, Vec no) { return vbslq_f32(vcltq_f32(a, b), yes, no); }
 ATTN_DEPLOY_INLINE Vec MaxOrNan(Vec a, Vec b) { return vmaxq_f32(a, b); }
 ATTN_DEPLOY_INLINE bool HasNan(Vec v) { return vminvq_u32(vceqq_f32(v, v)) == 0; }
+template <typename Op>
+ATTN_DEPLOY_INLINE Vec ReduceFour(const Vec (&v)[4], const Op& op) {
+  const float64x2_t a = vreinterpretq_f64_f32(op(vtrn1q_f32(v[0], v[1]), vtrn2q_f32(v[0], v[1])));
+  const float64x2_t b = vreinterpretq_f64_f32(op(vtrn1q_f32(v[2], v[3]), vtrn2q_f32(v[2], v[3])));
+  return op(vreinterpretq_f32_f64(vtrn1q_f64(a, b)), vreinterpretq_f32_f64(vtrn2q_f64(a, b)));
+}
 
 #endif
 

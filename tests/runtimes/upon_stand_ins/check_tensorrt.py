@@ -18,6 +18,8 @@ from attn_deploy.errors import AttnDeployError, FeedError, UnavailableError, Usa
 from attn_deploy.runtimes import tensorrt
 from attn_deploy.runtimes.cuda_device import DeviceArray, DeviceMemoryError, DeviceStream
 from attn_deploy.runtimes.device_cache import DeviceCache
+from attn_deploy.runtimes.tensorrt_log import Messages
+from attn_deploy.runtimes.tensorrt_network import parse, require_types
 from attn_deploy.runtimes.tensorrt_progress import shown_by
 from attn_deploy.session import TensorSpec
 
@@ -411,3 +413,20 @@ def test_without_specs_the_model_itself_says_its_inputs(gpu: Any) -> None:
     assert session.inputs == (X,)
     assert session.outputs == (TensorSpec("y", "float32", ("y.0", 4)),)
     session.close()
+
+
+def test_a_gpu_without_fp8_is_told_before_the_build(gpu: Any) -> None:
+    """The made GPU has compute capability 9.0; what an older one is told does not need one."""
+    parsed = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 21]>
+        made (float[2, 4] x) => (float[2, 4] y)
+        <float scale = {0.5}, float8e4m3fn[2, 4] levels> {
+            levels = QuantizeLinear <output_dtype: int = 17> (x, scale)
+            y = DequantizeLinear (levels, scale)
+        }""")
+    network = parse(parsed.SerializeToString(), Messages()).network
+    for capability in ("8.9", "12.0"):
+        require_types(network, capability)
+    with pytest.raises(UnavailableError, match="cannot compute in FP8") as caught:
+        require_types(network, "8.6")
+    assert caught.value.got == "compute capability 8.6"
+    require_types(parse(MODEL, Messages()).network, "8.9")
