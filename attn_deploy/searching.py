@@ -6,6 +6,7 @@ search_plan(subject, samples, budget) -> Searched: the plan, the level of each u
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from attn_deploy.accuracy import Run, judge
 from attn_deploy.choice import Budget
 from attn_deploy.judged_samples import JudgedSamples
 from attn_deploy.latency import System, measure
-from attn_deploy.precision_plan import LayerPlan, PrecisionPlan
+from attn_deploy.precision_plan import LayerPlan, PrecisionPlan, Scheme
 from attn_deploy.progress import Progress
 from attn_deploy.receipt import FrontierPoint, PlanPart, Search
 from attn_deploy.search import Found, Part, Plan, Verified, decibel, fastest, find, gain_us, loss, noise
@@ -51,12 +52,14 @@ BY_NOISE, BY_DIVERGENCE = "noise", "divergence"
 
 @dataclass(frozen=True)
 class Subject:
-    """`plan` holds all that may be INT8, with `statistics` of what its layers need (None: they need none). `tuned`: by
-    precision the level of each unit that tuning kept; None: the coarsest that `kernels` allow."""
+    """`plan` holds all that may be INT8, with `statistics` of what its layers need (None: they need none); `means` can
+    collect more. `tuned`: by precision the level of each unit that tuning kept; None: the coarsest that `kernels`
+    allow."""
 
     canonical: CanonicalModel
     plan: PrecisionPlan
     statistics: Statistics | None
+    means: Means
     kernels: frozenset[str]
     tuned: Mapping[Precision, Mapping[str, str]] | None
 
@@ -74,23 +77,33 @@ class Subject:
     def lowered(self, plan: PrecisionPlan) -> ir.Model:
         from attn_deploy.export.lower import onnxruntime_cpu
 
-        return onnxruntime_cpu.lower(self.canonical, Precision.INT8, **self.arguments(plan)).model
+        means = self.means
+        return onnxruntime_cpu.lower(
+            self.canonical, Precision.INT8, calibration=means.calibration, open_model=means.open_model,
+            **self.arguments(plan),
+        ).model  # fmt: skip
 
 
 def subject_of(
     canonical: CanonicalModel, means: Means, tuned: Mapping[Precision, Mapping[str, str]] | None
 ) -> Subject:  # fmt: skip
-    """By the user's plan where there is one, of which nothing is collected yet; else by all that can be INT8."""
+    """By the user's plan where there is one, of which nothing is collected yet; else by all that can be INT8. A part of
+    a CNN alone runs by ONNX Runtime's convolutions, whose ranges are of other values than those of a whole chain of
+    ours: both are collected at once."""
     from attn_deploy.export.lower import onnxruntime_cpu
 
     kernels = frozenset(runtimes.kernel_names(CPU))
     if means.plan is not None:
-        return Subject(canonical, means.plan, None, kernels, tuned)
-    whole = onnxruntime_cpu.lower(
-        canonical, Precision.INT8, native=kernels, calibration=means.calibration, open_model=means.open_model,
-        exclude=means.exclude, plan=means.prepared, statistics=means.statistics,
+        return Subject(canonical, means.plan, None, means, kernels, tuned)
+    lower = functools.partial(
+        onnxruntime_cpu.lower, canonical, Precision.INT8, calibration=means.calibration, open_model=means.open_model,
+        exclude=means.exclude,
     )  # fmt: skip
-    return Subject(canonical, whole.plan, whole.statistics, kernels, tuned)
+    whole = lower(native=kernels, plan=means.prepared, statistics=means.statistics)
+    if kernels and whole.plan.of(Scheme.STATIC):
+        known = lower(plan=whole.plan, statistics=whole.statistics).statistics
+        return Subject(canonical, whole.plan, known, means, kernels, tuned)
+    return Subject(canonical, whole.plan, whole.statistics, means, kernels, tuned)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from attn_deploy.latency import Measurement
 from attn_deploy.localizing import Localization
 from attn_deploy.manifest import Graph, graph_file
 from attn_deploy.parity import Case, parity_cases
+from attn_deploy.plan_file import read_plan
 from attn_deploy.progress import Progress, Silent, of_graph
 from attn_deploy.proving import Proof
 from attn_deploy.readback import PROVIDERS
@@ -268,6 +269,8 @@ def _open(
             exempt=row.exempt if row is not None else (),
             storage=row.storage if row is not None else {},
             blocks=row.blocks if row is not None else (),
+            plan=None if variant.plan is None else read_plan(bundle.path(variant.plan)),
+            search=row.search if row is not None else None,
         )
         with runtimes.progress_of(target, progress):
             proofs.append(proving.opened(built, threads, graph.inputs, graph.outputs))

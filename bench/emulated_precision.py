@@ -1,4 +1,4 @@
-"""What FP16, BF16 and INT8 for GPUs cost ViT-Tiny with its trained weights, by the graphs that are lowered for them,
+"""What FP16, BF16, INT8 and FP8 for GPUs cost ViT-Tiny with its trained weights, by the graphs that are lowered for them,
 their roundings emulated on the CPU: no GPU is asked, and no time is measured.
 
     ATTN_DEPLOY_DATA=... python bench/emulated_precision.py
@@ -39,6 +39,7 @@ CASES = [
     (Target.TENSORRT, Precision.FP16),
     (Target.TENSORRT, Precision.BF16),
     (Target.TENSORRT, Precision.INT8),
+    (Target.TENSORRT, Precision.FP8),
 ]
 
 

@@ -117,8 +117,8 @@ def _inline(model: ir.Model, node: ir.Node) -> None:
             inner.domain, inner.op_type, inputs, attributes, outputs=outputs,
             name=f"{node.name}/{inner.op_type}_{next(counter)}",
         )  # fmt: skip
-        copied.metadata_props.update(node.metadata_props)
         made.append(copied)
+    made[0].metadata_props.update(node.metadata_props)  # once: a stack trace is longer than a node
     results = [values[o] for o in function.outputs]
     ir.convenience.replace_nodes_and_values(model.graph, node, [node], made, list(node.outputs), results)
 

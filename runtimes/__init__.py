@@ -131,6 +131,10 @@ def prepare(
 def session_options(target: Target) -> dict[str, Any]:
     """The options that every session of the target is opened with, for the receipt."""
     options: dict[str, Any] = dict(runtime(target).OPTIONS)
+    if target is Target.ONNXRUNTIME_CPU:
+        from attn_deploy.runtimes.saturation import EXACT, saturates
+
+        options |= {EXACT: "1"} if saturates() else {}
     return options
 
 

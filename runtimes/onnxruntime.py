@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attn_deploy import environment
 from attn_deploy.errors import AttnDeployError, UnavailableError
 from attn_deploy.runtimes import RunNode, TensorInfo, native
 from attn_deploy.runtimes.saturation import EXACT, saturates
@@ -47,8 +46,11 @@ def availability() -> str | None:
 
 def multiplies_blocks() -> bool:
     """Whether the ONNX Runtime that is installed runs weights in blocks."""
-    found = environment.installed("onnxruntime") or environment.installed("onnxruntime-gpu") or "0"
-    return tuple(int(part) for part in found.split(".")[:2] if part.isdigit()) >= BLOCKS_SINCE
+    if availability() is not None:
+        return False
+    import onnxruntime
+
+    return tuple(int(part) for part in onnxruntime.__version__.split(".")[:2] if part.isdigit()) >= BLOCKS_SINCE
 
 
 class OnnxRuntimeSession:
@@ -220,16 +222,23 @@ def session_settings(threads: int | None, library: Path | None) -> Any:
 
 
 def create_session(model: bytes | Path, options: Any) -> Any:
-    """ONNX Runtime's own session on the CPU. Raises AttnDeployError when it rejects the model."""
+    """ONNX Runtime's own session on the CPU. Raises AttnDeployError when it rejects the model, UnavailableError where
+    it is too old for it."""
     import onnxruntime
 
     source = model if isinstance(model, bytes) else str(model)
+    where = None if isinstance(model, bytes) else str(model)
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
+        if "matmul_nbits" in str(error) and not multiplies_blocks():
+            raise UnavailableError(
+                "this ONNX Runtime multiplies no INT8 weights in blocks", where=where, got=onnxruntime.__version__,
+                expected=f"{'.'.join(map(str, BLOCKS_SINCE))} or later", next_step="pip install --upgrade onnxruntime",
+            ) from error  # fmt: skip
         raise AttnDeployError(
             "ONNX Runtime rejected the model",
-            where=None if isinstance(model, bytes) else str(model),
+            where=where,
             got=str(error).splitlines()[0],
             next_step="see `attn-deploy doctor` for the installed version",
         ) from error

@@ -48,7 +48,7 @@ class Calibration:
         batches, open_model = self.means()
         found = collect_statistics(_written_out(model), wanted, batches(), open_model)
         if known is not None:
-            found = replace(found, values={**known.values, **found.values})
+            found = replace(found, values={**known.values, **found.values}, means=known.means)
         return replace(self, statistics=found)
 
     def means(self) -> tuple[Batches, OpenModel]:
@@ -116,11 +116,12 @@ def _lower_chain(
 ) -> Calibration:
     calibration = calibration.knowing(model, wanted_for_chain(model, layers))
     assert calibration.statistics is not None
-    means = {}
-    if calibration.batches is not None and calibration.open_model is not None:
-        names = read_by_convolutions(model, layers)
+    names = read_by_convolutions(model, layers)
+    means = calibration.statistics.means
+    if not set(names) <= means.keys() and calibration.batches is not None and calibration.open_model is not None:
         means = channel_means_of(_written_out(model), names, calibration.batches, calibration.open_model)
-    lower_chain(model, layers, calibration.statistics, means)
+        calibration = replace(calibration, statistics=replace(calibration.statistics, means=means))
+    lower_chain(model, layers, calibration.statistics, {name: means[name] for name in names if name in means})
     return calibration
 
 

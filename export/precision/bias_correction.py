@@ -22,8 +22,10 @@ from attn_deploy.session import Array
 LARGEST_BIAS = 2**30
 """Half of int32's range: the products are added to it."""
 
-CORRECTION_BATCHES = 2
-"""Both means are of the same images, so a few are enough; they are held."""
+CORRECTION_BATCHES = 4
+"""They are held, and both means are of the same images, so few are enough. Of 8 images each, under our initializer,
+with 0, 1, 2 and 4 of them: mobilenetv3_large_100 18.9, 19.1, 19.2, 19.6 dB; efficientnet_b0 21.6, 22.0, 22.0, 22.3;
+seresnet50 29.9, 33.7, 33.8, 33.9."""
 
 
 def correct_biases(

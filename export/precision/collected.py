@@ -74,6 +74,8 @@ class Statistics:
     seed: int = 0
     samples: int = 0
     values: Mapping[str, ValueStatistics] = field(default_factory=dict)
+    means: Mapping[str, Array] = field(default_factory=dict)
+    """Of each channel of what convolutions in 8-bit chains read, float64 [channels] by value name."""
 
     def ranges(self, method: RangeMethod = RangeMethod.MIN_MAX) -> dict[str, Range]:
         return {name: value.range(method) for name, value in self.values.items()}

@@ -67,8 +67,8 @@ def wanted_for_equalization(model: ir.Model, layers: Collection[str] | None = No
 
 def equalize(model: ir.Model, statistics: Statistics, layers: Collection[str] | None = None) -> tuple[str, ...]:
     """Scales the channels of every chain that touches one of `layers` (those in INT8; None: all), in place and exactly
-    but for float32 rounding. Values that change get names of their own: statistics of the old ones are
-    not theirs. A note says where channels are always zero.
+    but for float32 rounding. Values that change get names of their own: statistics of the old ones are not theirs. A
+    note says where channels are always zero.
 
     Raises UsageError where the statistics do not hold what a chain reads.
     """

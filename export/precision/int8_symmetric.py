@@ -153,13 +153,13 @@ def _statistics(
     return held
 
 
-def _without_lossy(model: ir.Model, plan: PrecisionPlan, layers: Sequence[tuple[float, str]]) -> PrecisionPlan:
-    """The plan with the worst of the `layers`, each with its SQNR in dB, in floating point, as far as there is room."""
+def _without_lossy(model: ir.Model, plan: PrecisionPlan, measured: Sequence[tuple[float, str]]) -> PrecisionPlan:
+    """The plan with the worst of the `measured` layers, each with its SQNR in dB, in floating point, as far as there is room."""
     work = {str(n.name): multiply_adds(n) for n in weighted_nodes(model)}
     exempt = sum(work.get(p.layer, 0) for p in plan.layers if not p.scheme.quantizes)
     room = MAX_EXEMPT_SHARE * sum(work.values()) - exempt
     lossy = {}
-    for sqnr_db, layer in sorted(layers):
+    for sqnr_db, layer in sorted(measured):
         if sqnr_db < LAYER_MIN_SQNR_DB and work[layer] <= room:
             room -= work[layer]
             lossy[layer] = f"{Exempt.LOSS} ({sqnr_db:.1f} dB alone)"

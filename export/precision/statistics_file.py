@@ -33,6 +33,7 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
         if value.channel_low is not None and value.channel_high is not None:
             arrays[f"{name}/channel_low"] = np.ascontiguousarray(value.channel_low)
             arrays[f"{name}/channel_high"] = np.ascontiguousarray(value.channel_high)
+    arrays |= {f"{name}/mean": np.ascontiguousarray(mean) for name, mean in statistics.means.items()}
     metadata = {
         "kind": KIND, "version": VERSION, "model": statistics.model, "seed": str(statistics.seed),
         "samples": str(statistics.samples), "values": msgspec.json.encode(scalars).decode(),
@@ -82,7 +83,8 @@ def _statistics(metadata: dict[str, str], arrays: dict[str, Any]) -> Statistics:
         )
         for name, (low, high, exponent) in scalars.items()
     }
-    return Statistics(metadata["model"], int(metadata["seed"]), int(metadata["samples"]), values)
+    means = {name.removesuffix("/mean"): array for name, array in arrays.items() if name.endswith("/mean")}
+    return Statistics(metadata["model"], int(metadata["seed"]), int(metadata["samples"]), values, means)
 
 
 def _require_same(path: Path, what: str, got: object, expected: object) -> None:

@@ -2,7 +2,9 @@
 
 Each output has a scale for every BLOCK inputs, so that an outlier spoils its own block alone, and nothing needs
 calibration. With accuracy level 4 ONNX Runtime quantizes the activations by the same blocks (symmetric, at run time)
-and multiplies integers; the file holds floats nowhere but in scales and biases.
+and multiplies integers; the file holds floats nowhere but in scales and biases. vit_tiny with its trained weights, 96
+photographs: 32.7 dB, and a third of the file. On two cores with AVX-512 VNNI it takes as long as ONNX Runtime's FP32
+(0.99 of its speed; in blocks of 64 1.12 with 4 dB less, with products in FP32, level 1, 0.74).
 
 On x86 the kernel for 8 bits came with ONNX Runtime 1.22 (microsoft/onnxruntime#24491): 1.21.1 and older refuse the
 model when it is opened.
@@ -20,6 +22,8 @@ from attn_deploy.session import Array
 
 BITS = 8
 BLOCK = 32
+"""Inputs: larger blocks are faster by a tenth at most, and lose 3 to 4 dB."""
+
 LARGEST = 127
 ZERO_POINT = 128
 """What MatMulNBits takes 8 bits to be stored around when it is given no zero points."""

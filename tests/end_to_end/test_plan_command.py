@@ -41,6 +41,16 @@ def int8_bundle(attn_deploy_cli: Cli, tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
+@pytest.fixture(scope="module")
+def auto_bundle(int8_bundle: Path, attn_deploy_cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same plan as `auto`, and no other variant."""
+    out = tmp_path_factory.mktemp("auto") / "windowed.attn"
+    name, _ = plan_of(int8_bundle)
+    ran = attn_deploy_cli("export", *QUICK, "--precision", "auto", "--plan", int8_bundle / name, "--out", out)
+    assert ran.code == 0, ran.out + ran.err
+    return out
+
+
 @pytest.fixture
 def faster_in_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every product in floating point takes a millisecond more in a profile, and of plans the fastest by that counts as
@@ -245,11 +255,12 @@ def test_agreement_is_not_searched_without_data(attn_deploy_cli: Cli, tmp_path: 
 
 
 @needs_library
+@pytest.mark.parametrize("made", ["int8_bundle", "auto_bundle"])
 def test_tune_lowers_the_plan_again_and_the_plan_survives(
-    int8_bundle: Path, attn_deploy_cli: Cli, tmp_path: Path
+    made: str, attn_deploy_cli: Cli, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """As a host that knows no native library made it: without data and without PyTorch."""
-    bundle = Path(shutil.copytree(int8_bundle, tmp_path / "here.attn"))
+    """Without data, from what lies in the bundle."""
+    bundle = Path(shutil.copytree(request.getfixturevalue(made), tmp_path / "here.attn"))
     _, plan = plan_of(bundle)
     with attn_deploy.load(bundle, threads=1) as session:
         before = session(images())
@@ -264,6 +275,7 @@ def test_tune_lowers_the_plan_again_and_the_plan_survives(
     assert rows[int8].latency is not None
     assert rows[int8].schemes == plan.counts
     assert {r for r in rows if r.startswith(f"{CPU}-fp32")}, "measured beside FP32"
+    assert ran.json["graphs"]["main"]["chosen"] in rows
     with attn_deploy.load(bundle, threads=1) as session:
         assert sqnr_db(before, session(images())) > 20
     assert validate(bundle, threads=1).passed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -26,9 +28,11 @@ from attn_deploy.runtimes import open_session, read_back
 from attn_deploy.target import Precision, Target
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the models
+sys.path.insert(0, str(Path(__file__).parents[1] / "native"))
 
 from cpu_models import exported
 from half_models import network, normal, run
+from test_releases import RELEASES, install
 
 Array = np.ndarray[Any, Any]
 
@@ -151,3 +155,31 @@ def test_a_whole_model_multiplies_integers_for_the_promised_share(tmp_path: Path
     nodes = read_back(Target.ONNXRUNTIME_CPU, path, feeds)
     _, weighted = dtype_shares(nodes, [site.node for site in model.canonical.sites])
     assert share_fault(Target.ONNXRUNTIME_CPU, Precision.INT8, weighted) is None
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from attn_deploy.errors import UnavailableError
+from attn_deploy.runtimes import onnxruntime
+try:
+    onnxruntime.open_session(Path(sys.argv[1]))
+except UnavailableError as error:
+    print(onnxruntime.multiplies_blocks(), error.what, error.got, error.expected)
+else:
+    print(onnxruntime.multiplies_blocks())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("release", RELEASES)
+def test_releases_run_it_from_1_22_on_and_older_ones_say_so(release: str, tmp_path: Path) -> None:
+    model = quantized("net (float[n, 80] x) => (float[n, 24] y) { [fc__MatMul] y = MatMul (x, w) }", w=W)
+    (path, *_) = save_model(model, tmp_path / "model.onnx")
+    paths = [str(install(release)), *(str(Path(p).resolve()) for p in sys.path if p)]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(path)], env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    old = f"False this ONNX Runtime multiplies no INT8 weights in blocks {release} 1.22 or later"
+    assert done.stdout.strip() == ("True" if int(release.split(".")[1]) >= 22 else old)

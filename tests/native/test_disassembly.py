@@ -16,7 +16,7 @@ import native_build
 import pytest
 
 FLOAT_TILES = {"MultiplyTile", "MultiplyPixels", "QueryKeyTile", "WeightValueTile"}
-INT8_TILES = {"MultiplyQuantizedTile"}
+INT8_TILES = {"MultiplyQuantizedTile", "SumRows"}
 TILE = re.compile(rf"\b({'|'.join(FLOAT_TILES | INT8_TILES)})<")
 """Tiles of matrix products, whose accumulators are planned to fill the registers. Others may keep constants of a
 polynomial in memory, of which AVX2 has more than registers."""

@@ -13,10 +13,12 @@ import pytest
 from attn_deploy.export.lower import onnxruntime_cpu
 from attn_deploy.export.lower.cpu_units import LEVELS
 from attn_deploy.export.precision import fp16
+from attn_deploy.export.precision.plan import plan_int8
 from attn_deploy.export.site_parity import record_sites, site_cases
 from attn_deploy.inputs import make_feeds
 from attn_deploy.ops import DOMAIN
 from attn_deploy.parity import sqnr_db
+from attn_deploy.precision_plan import Scheme
 from attn_deploy.readback import dtype_shares, site_runs
 from attn_deploy.runtimes import native
 from attn_deploy.runtimes.onnxruntime_profile import profiled_nodes
@@ -99,3 +101,31 @@ def test_weights_that_are_stored_in_fp16_meet_the_same_kernels(
         nodes = profiled_nodes(json.loads(Path(session.end_profiling()).read_text()))
         ran[precision] = [(node.name, node.op_type) for node in nodes]
     assert ran[Precision.FP16] == ran[Precision.FP32]
+
+
+@pytest.mark.parametrize("way", ["linear", "block"])
+@pytest.mark.parametrize("name", [model.__name__ for model in TRANSFORMERS])
+def test_kernels_in_int8_give_what_their_bodies_give(
+    name: str, way: str, library: Path, kernels: frozenset[str], tmp_path: Path
+) -> None:
+    """Nearly: where float32 rounds another way, a level is another one."""
+    model = exported(name)
+    plan = plan_int8(model.canonical.model)
+    plan = plan.restricted(plan.of(Scheme.PER_TOKEN))
+    fuse: dict[str, str] | None = {} if way == "linear" else None
+    lowered = onnxruntime_cpu.lower(model.canonical, Precision.INT8, native=kernels, fuse=fuse, plan=plan).model
+    bodies = onnxruntime_cpu.lower(model.canonical, Precision.INT8, plan=plan).model
+    feeds = make_feeds(model.captured.inputs, batch=3, seed=3)
+    session = open_session(ir.to_proto(lowered).SerializeToString(), library, profile_to=tmp_path / "profile")
+    got = session.run(None, feeds)
+    expected = open_session(ir.to_proto(bodies).SerializeToString(), library).run(None, feeds)
+    for reference, alike, value in zip(model.captured.reference(feeds).values(), expected, got, strict=True):
+        assert sqnr_db(reference, value) > 40
+        assert sqnr_db(alike, value) > 45
+    nodes = profiled_nodes(json.loads(Path(session.end_profiling()).read_text()))
+    ours = {str(n.name): n.op_type for n in lowered.graph if n.domain == DOMAIN}
+    assert {n.name: n.op_type for n in nodes if n.name in ours} == ours
+    assert not {"MatMulInteger", "QuantizeLinear"} & {n.op_type for n in nodes}
+    _, weighted = dtype_shares(nodes, [site.node for site in model.canonical.sites])
+    work = {p.layer for p in plan.layers} - set(plan.quantized)
+    assert weighted["int8"] == 1.0 if not work else 0.75 < weighted["int8"] < 1.0

@@ -105,10 +105,15 @@ def test_every_level_times_every_weight(int8_kernel_runner: KernelRunner) -> Non
     x = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
     weight = np.arange(1, 256, dtype=np.uint8).reshape(255, 1, 1, 1)
     product = x.astype(np.int64).reshape(-1, 1) * (np.arange(1, 256) - 128)
-    for shift in range(-129, 128, 8):  # products lie in -32385..32385: each band of 255 of them in turn
-        zero = np.float32(-shift * 255)
-        vectors = [np.ones(255, np.float32), np.full(255, zero), np.zeros(255, np.float32), np.ones(255, np.float32)]
-        (got,) = int8_kernel_runner([Case("quantized_conv", [x, weight, *vectors], (1, 0, 0, 16, 16, 0, 0, 0))])[0]
+    zeros = [
+        np.float32(-shift * 255) for shift in range(-129, 128, 8)
+    ]  # products lie in -32385..32385, in bands of 255
+    ones, none = np.ones(255, np.float32), np.zeros(255, np.float32)
+    cases = [
+        Case("quantized_conv", [x, weight, ones, np.full(255, zero), none, ones], (1, 0, 0, 16, 16, 0, 0, 0))
+        for zero in zeros
+    ]
+    for zero, (got,) in zip(zeros, int8_kernel_runner(cases), strict=True):
         np.testing.assert_array_equal(got.reshape(256, 255), np.clip(product + zero, 0, 255))
 
 
@@ -117,9 +122,8 @@ def test_every_level_times_every_weight(int8_kernel_runner: KernelRunner) -> Non
 def test_the_largest_sums_do_not_saturate(int8_kernel_runner: KernelRunner, level: int, weight: int) -> None:
     """4,608 inputs of one sign, as deep as ResNet's."""
     x = np.full((3, 3, 512), level, np.uint8)
-    for zero in (0, 128, 255):
-        conv = Conv(x, np.full((3, 3, 3, 512), weight, np.uint8), x_zero=zero, y_zero=128, multiplier=127 / 1.5e8)
-        check(int8_kernel_runner, [conv])
+    weights = np.full((3, 3, 3, 512), weight, np.uint8)
+    check(int8_kernel_runner, [Conv(x, weights, x_zero=z, y_zero=128, multiplier=127 / 1.5e8) for z in (0, 128, 255)])
 
 
 @pytest.mark.parametrize("activation", NUMBERS)
@@ -181,34 +185,27 @@ def test_deep_and_wide_convolutions_are_cut_into_blocks(int8_kernel_runner: Kern
 @pytest.mark.parametrize("activation", ["", "Relu", "Silu"])
 def test_gates(int8_kernel_runner: KernelRunner, activation: str) -> None:
     rng = np.random.default_rng(5)
+    cases, expected = [], []
     for channels, pixels, residual in itertools.product((1, 15, 16, 17, 64, 70), (1, 2, 49), (False, True)):
         x, extra = levels(rng, pixels, channels), levels(rng, pixels, channels)
-        scales = [rng.uniform(0.01, 0.1, channels).astype(np.float32) for _ in range(3)]
+        x_scale, y_scale, residual_scale = rng.uniform(0.01, 0.1, (3, channels)).astype(np.float32)
         gate = rng.uniform(0, 1, channels).astype(np.float32)
-        x_scale, inverse, residual_scale = scales[0], (1 / scales[1]).astype(np.float32), scales[2]
-        inputs = [x, x_scale, gate, inverse, residual_scale, *([extra] if residual else [])]
-        (got,) = int8_kernel_runner(
-            [
-                Case(
-                    "quantized_gate",
-                    inputs,
-                    (NUMBERS[activation], min(3, pixels), 11, 50, 77),
-                    misalignments=[1] * len(inputs),
-                )
-            ]
-        )[0]
+        inputs = [x, x_scale, gate, 1 / y_scale, residual_scale, *([extra] if residual else [])]
+        ints = (NUMBERS[activation], min(3, pixels), 11, 50, 77)
+        cases.append(Case("quantized_gate", inputs, ints, misalignments=[1] * len(inputs)))
         total = (x - 11.0) * x_scale.astype(np.float64) * gate
         total = total + (extra - 77.0) * residual_scale if residual else total
-        expected = np.clip(ACTIVATIONS[activation](total) * inverse + 50, 0, 255)
-        assert np.abs(got - expected).max() <= 0.55
+        expected.append(np.clip(ACTIVATIONS[activation](total) / y_scale + 50, 0, 255))
+    for levels_before, (got,) in zip(expected, int8_kernel_runner(cases), strict=True):
+        assert np.abs(got - levels_before).max() <= 0.55
 
 
 def test_pools(int8_kernel_runner: KernelRunner) -> None:
     rng = np.random.default_rng(6)
-    for channels, pixels in itertools.product((1, 15, 16, 64, 100), (1, 49, 3136)):
-        x = levels(rng, pixels, channels)
-        scale = rng.uniform(0.01, 0.1, channels).astype(np.float32)
-        (got,) = int8_kernel_runner([Case("quantized_pool", [x, scale], (100, 64), misalignments=[1, 1])])[0]
+    maps = [(levels(rng, pixels, channels), rng.uniform(0.01, 0.1, channels).astype(np.float32))
+            for channels, pixels in itertools.product((1, 15, 16, 64, 100), (1, 49, 3136))]  # fmt: skip
+    cases = [Case("quantized_pool", [x, scale], (100, 64), misalignments=[1, 1]) for x, scale in maps]
+    for (x, scale), (got,) in zip(maps, int8_kernel_runner(cases), strict=True):
         np.testing.assert_allclose(got, (x.mean(axis=0) - 100.0) * scale, rtol=1e-6, atol=1e-6)
 
 

@@ -19,6 +19,10 @@ import pytest
 from attn_deploy import environment
 from attn_deploy.runtimes import native, onnxruntime, saturation
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "native"))
+
+from test_releases import RELEASES, install
+
 Array = np.ndarray[Any, Any]
 
 EMULATOR = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
@@ -87,9 +91,11 @@ def test_the_models_would_saturate() -> None:
 
 
 @pytest.mark.skipif(EMULATOR is None or platform.machine() != "x86_64", reason="no qemu-x86_64 to emulate a CPU with")
-def test_a_cpu_without_vnni_gives_the_right_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("release", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in RELEASES)])
+def test_a_cpu_without_vnni_gives_the_right_numbers(release: str | None, tmp_path: Path) -> None:
     """Haswell, which has AVX2 and no VNNI, under an emulator. By itself ONNX Runtime is wrong there, which shows that
     the emulator runs the kernels in question."""
+    paths = [] if release is None else [str(install(release))]
     inputs = {}
     for name in MODELS:
         content, inputs[name] = made(name)
@@ -98,7 +104,8 @@ def test_a_cpu_without_vnni_gives_the_right_numbers(tmp_path: Path) -> None:
     done = subprocess.run(
         [str(EMULATOR), "-cpu", "Haswell", sys.executable, str(SCRIPT), *(str(tmp_path / f"{n}.onnx") for n in MODELS)],
         # the emulator shows the host's /proc/cpuinfo: the variable says what there is
-        env={**os.environ, native.ISA_VARIABLE: "avx2", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        env={**os.environ, native.ISA_VARIABLE: "avx2", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+             "PYTHONPATH": os.pathsep.join([*paths, *(str(Path(p).resolve()) for p in sys.path if p)])},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -18,14 +18,15 @@ from attn_deploy.errors import AttnDeployError, FeedError, UnavailableError, Usa
 from attn_deploy.runtimes import tensorrt
 from attn_deploy.runtimes.cuda_device import DeviceArray, DeviceMemoryError, DeviceStream
 from attn_deploy.runtimes.device_cache import DeviceCache
-from attn_deploy.runtimes.tensorrt_log import Messages
-from attn_deploy.runtimes.tensorrt_network import parse, require_types
 from attn_deploy.runtimes.tensorrt_progress import shown_by
 from attn_deploy.session import TensorSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tensorrt_stand_in"))
 
 import tensorrt as tensorrt_stand_in
+
+from attn_deploy.runtimes.tensorrt_log import Messages
+from attn_deploy.runtimes.tensorrt_network import parse, require_types
 
 Array = np.ndarray[Any, Any]
 X, Y = TensorSpec("x", "float32", ("batch", 4)), TensorSpec("y", "float32", ("batch", 4))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -42,7 +43,10 @@ class Graph:
             found = feeds | {i.name: onnx.numpy_helper.to_array(i) for i in self.model.graph.initializer}
             names = list(dict.fromkeys(name for node in self.model.graph.node for name in node.output if name))
             found |= zip(names, self._observing.run(names, feeds), strict=True)
-            self._shapes[key] = {name: (array.dtype, array.shape) for name, array in found.items()}
+            # ONNX Runtime gives FP8 out as bytes
+            fp8 = {o.name for o in self._observing.get_outputs() if o.type == "tensor(float8e4m3fn)"}
+            dtypes = {name: np.dtype(ml_dtypes.float8_e4m3fn) if name in fp8 else a.dtype for name, a in found.items()}
+            self._shapes[key] = {name: (dtypes[name], array.shape) for name, array in found.items()}
         return self._shapes[key]
 
     @cached_property
