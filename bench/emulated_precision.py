@@ -1,5 +1,5 @@
-"""What FP16, BF16, INT8 and FP8 for GPUs cost ViT-Tiny with its trained weights, by the graphs that are lowered for them,
-their roundings emulated on the CPU: no GPU is asked, and no time is measured.
+"""What FP16, BF16, INT8 and FP8 for GPUs cost ViT-Tiny with its trained weights, by the graphs that are lowered for
+them, their roundings emulated on the CPU: no GPU is asked, and no time is measured.
 
     ATTN_DEPLOY_DATA=... python bench/emulated_precision.py
 

@@ -85,7 +85,7 @@ def int8_graph(
     calibration, notes = _reparametrized(model, plan, calibration)
     chain = chain_layers(model, plan, kernels) if convs else frozenset()
     if chain:
-        calibration = _lower_chain(model, chain, calibration, kernels)
+        calibration = _lower_chain(model, chain, calibration)
         plan = _chained(plan, chain)
     elif convs:
         calibration = _quantize_convs(model, convs, plan, calibration)
@@ -111,18 +111,16 @@ def _reparametrized(
     return calibration, notes
 
 
-def _lower_chain(
-    model: ir.Model, layers: frozenset[str], calibration: Calibration, kernels: frozenset[str]
-) -> Calibration:
+def _lower_chain(model: ir.Model, layers: frozenset[str], calibration: Calibration) -> Calibration:
     calibration = calibration.knowing(model, wanted_for_chain(model, layers))
-    assert calibration.statistics is not None
+    statistics = calibration.statistics
+    assert statistics is not None
     names = read_by_convolutions(model, layers)
-    means = calibration.statistics.means
-    if not set(names) <= means.keys() and calibration.batches is not None and calibration.open_model is not None:
+    if not statistics.means.keys() >= set(names) and calibration.batches is not None and calibration.open_model:
         means = channel_means_of(_written_out(model), names, calibration.batches, calibration.open_model)
-        calibration = replace(calibration, statistics=replace(calibration.statistics, means=means))
-    lower_chain(model, layers, calibration.statistics, {name: means[name] for name in names if name in means})
-    return calibration
+        statistics = replace(statistics, means=means)
+    lower_chain(model, layers, statistics, {name: statistics.means[name] for name in names if name in statistics.means})
+    return replace(calibration, statistics=statistics)
 
 
 def _chained(plan: PrecisionPlan, layers: frozenset[str]) -> PrecisionPlan:

@@ -44,6 +44,7 @@ class Appender:
         self._graph.append(node)
         return node.outputs[0]
 
-    def output(self, name: str, value: ir.Value, dtype: ir.DataType = ir.DataType.FLOAT) -> None:
-        value.name, value.shape, value.type = name, None, ir.TensorType(dtype)
+    def output(self, name: str, value: ir.Value, *, rank: int = 0, dtype: ir.DataType = ir.DataType.FLOAT) -> None:
+        """ONNX wants a shape of what a model gives; the sizes may stay open."""
+        value.name, value.shape, value.type = name, ir.Shape([None] * rank), ir.TensorType(dtype)
         self._graph.outputs.append(value)

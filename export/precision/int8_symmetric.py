@@ -154,7 +154,8 @@ def _statistics(
 
 
 def _without_lossy(model: ir.Model, plan: PrecisionPlan, measured: Sequence[tuple[float, str]]) -> PrecisionPlan:
-    """The plan with the worst of the `measured` layers, each with its SQNR in dB, in floating point, as far as there is room."""
+    """The plan with the worst of the `measured` layers (SQNR in dB, name) in floating point, as far as there is
+    room."""
     work = {str(n.name): multiply_adds(n) for n in weighted_nodes(model)}
     exempt = sum(work.get(p.layer, 0) for p in plan.layers if not p.scheme.quantizes)
     room = MAX_EXEMPT_SHARE * sum(work.values()) - exempt

@@ -30,7 +30,7 @@ def channel_means_of(
     for name in names:
         append = Appender(copy, f"{name}/mean")
         axes = append.constant("axes", np.array([0, 2, 3], np.int64))
-        append.output(f"means/{name}", append.op("ReduceMean", values[name], axes, keepdims=0))
+        append.output(f"means/{name}", append.op("ReduceMean", values[name], axes, keepdims=0), rank=1)
     run = open_model(copy)
     sums: dict[str, Array] = {}
     samples = 0

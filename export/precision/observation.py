@@ -73,12 +73,12 @@ def read(wanted: Wanted, outputs: Mapping[str, Array]) -> Seen:
 
 def _watch(append: Appender, wanted: Wanted, value: ir.Value) -> None:
     minimum, maximum = _extrema(append, value, wanted.channel_axis)
-    append.output(f"{wanted.name}/minimum", minimum)
-    append.output(f"{wanted.name}/maximum", maximum)
+    append.output(f"{wanted.name}/minimum", minimum, rank=2)
+    append.output(f"{wanted.name}/maximum", maximum, rank=2)
     if wanted.histogram:
         counts, exponent = _histogram(append, value, minimum, maximum)
-        append.output(f"{wanted.name}/histogram", counts, ir.DataType.INT32)
-        append.output(f"{wanted.name}/exponent", exponent, ir.DataType.INT32)
+        append.output(f"{wanted.name}/histogram", counts, rank=1, dtype=ir.DataType.INT32)
+        append.output(f"{wanted.name}/exponent", exponent, dtype=ir.DataType.INT32)
 
 
 def _extrema(append: Appender, value: ir.Value, channel_axis: int | None) -> tuple[ir.Value, ir.Value]:

@@ -10,6 +10,7 @@ import pytest
 
 from attn_deploy.search import (
     BUCKETS,
+    GAIN_SHARES,
     Part,
     Plan,
     Verified,
@@ -71,6 +72,8 @@ def test_the_frontier_goes_from_all_that_gains_to_nothing_and_holds_the_budgets_
     gains = [gain_us(parts, plan) for plan in plans]
     assert gains == sorted(gains, reverse=True)
     assert len(set(plans)) == len(plans) > 4
+    for share in GAIN_SHARES:
+        assert any(share <= gain / gains[0] < share + 0.15 for gain in gains)
 
 
 def measured(truth: dict[str, float], least_db: float, tried: list[Plan]) -> object:
@@ -95,16 +98,16 @@ def test_where_losses_add_up_as_assumed_the_fastest_plan_of_the_budget_is_found(
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_plan_that_misses_gives_back_its_worst_parts_until_it_holds(count: int) -> None:
-    """Ten alike parts that really lose more together than alone: the budget has room for fewer."""
-    parts = [Part(f"p{n}", 1e-3 * (1 + n / 100), 10.0) for n in range(10)]
+    """Of forty parts, nearly alike, the budget has room for a few less than all."""
+    parts = [Part(f"p{n}", 1e-3 * (1 + n / 100), 10.0) for n in range(40)]
     truth = {p.name: p.loss for p in parts}
-    kept = 10 - count
+    kept = 40 - count
     least_db = decibel(sum(sorted(truth.values())[:kept])) - 0.01
     tried: list[Plan] = []
     found = find(parts, sum(truth.values()) * 1.01, measured(truth, least_db, tried))  # type: ignore[arg-type]
     assert found.best is not None
     assert found.best.plan == {f"p{n}" for n in range(kept)}
-    assert found.reverted[found.best.plan] == tuple(f"p{n}" for n in range(9, kept - 1, -1))
+    assert found.reverted[found.best.plan] == tuple(f"p{n}" for n in range(39, kept - 1, -1))
     assert len(tried) == len(set(tried))
 
 

@@ -1,6 +1,6 @@
 // Implicit matrix product: the inputs of a block of pixels are gathered row by row, or read where they stand, and
-// multiplied with panels of packed weights, as quantized_gemm.h does. Gathering costs a few percent even where a map has
-// 64 channels, since a kernel row is one contiguous run of bytes.
+// multiplied with panels of packed weights, as quantized_gemm.h does. Gathering costs a few percent even where a map
+// has 64 channels, since a kernel row is one contiguous run of bytes.
 #include "quantized_conv.h"
 
 #include "dot.h"
@@ -199,7 +199,8 @@ ATTN_DEPLOY_INLINE void GatherPixel(const QuantizedConvPlan& p, const uint8_t* x
   const int64_t top = row * p.stride - p.pad_top;
   if (left >= 0 && top >= 0 && left + p.kernel_width <= p.width && top + p.kernel_height <= p.height) {
     const uint8_t* from = x + (top * p.width + left) * p.in;
-    for (int64_t down = 0; down < p.kernel_height; ++down) CopyLevels(from + down * p.width * p.in, run, to + down * run);
+    const int64_t stride = p.width * p.in;
+    for (int64_t down = 0; down < p.kernel_height; ++down) CopyLevels(from + down * stride, run, to + down * run);
     return;
   }
   const int64_t before = Minimum(Maximum(-left, 0), p.kernel_width);
@@ -225,8 +226,8 @@ ATTN_DEPLOY_INLINE bool ReadsInPlace(const QuantizedConvPlan& p) {
          p.in % kGroup == 0;
 }
 
-// Multiply-adds of a block of work: about 5 us with VNNI. Layers of MobileNets have ten times that: with larger blocks one
-// of two threads would wait for the other for a good part of the layer.
+// Multiply-adds of a block of work: about 5 us with VNNI. Layers of MobileNets have ten times that: with larger blocks
+// one of two threads would wait for the other for a good part of the layer.
 constexpr int64_t kMultiplyAddsPerBlock = 1024 * 1024;
 constexpr int64_t kMostBlocks = 32;
 constexpr int64_t kMostGathered = 384 * 1024;  // bytes: a third of an L2 cache
