@@ -159,7 +159,8 @@ class _Emitter:
         self._replaced.update(unit.nodes)
 
     def leave(self) -> None:
-        """What reads a map in floating point gets it back, channels first."""
+        """What reads a map in floating point gets it back, channels first and by its name: blocks and sites of a model
+        are cut between values of one name."""
         for value, levels in self.maps.items():
             outside = [use for use in value.uses() if use.node not in self._replaced and not _is_ours(use.node)]
             if value.producer() not in self._replaced or not (outside or value.is_graph_output()):
@@ -171,6 +172,7 @@ class _Emitter:
             inputs = [first.outputs[0], *self._levels(name, self.scales[value], zeros=True)]
             real = ir.node("DequantizeLinear", inputs, {"axis": 1}, name=f"{name}/DequantizeLinear")
             real.outputs[0].type, real.outputs[0].shape = value.type, value.shape
+            real.outputs[0].name, value.name = value.name, f"{value.name}/replaced"
             self.model.graph.insert_after(producer, [first, real])
             for use in outside:
                 use.node.replace_input_with(use.idx, real.outputs[0])

@@ -25,11 +25,14 @@ from attn_deploy.target import Precision
 
 FLOAT, QUANTIZED = "float", "int8"
 
+BLOCKED = "_nchwc"
+"""How ONNX Runtime's names of nodes in its blocked layout end: a convolution there is named after what it makes."""
+
 
 @dataclass(frozen=True)
 class PlanPart:
-    """`layers`: those of the plan that are not in floating point. `nodes`: all of the canonical model that belong to
-    it, by which a profile is attributed; `levels` are its forms there."""
+    """`layers`: those of the plan that are not in floating point. `nodes`: names of all of the canonical
+    model that belongs to it, by which a profile is attributed; `levels` are its forms there."""
 
     name: str
     layers: tuple[str, ...]
@@ -53,7 +56,11 @@ def plan_parts(canonical: CanonicalModel, plan: PrecisionPlan, kernels: Collecti
     for block in dict.fromkeys(block for name, block in rest.items() if name in quantized):
         parts[block or "(top level)"] = [name for name, own in rest.items() if own == block]
     order = {name: place for place, name in enumerate(names)}
-    found = [PlanPart(n, tuple(x for x in nodes if x in quantized), tuple(nodes)) for n, nodes in parts.items()]
+    blocked = {str(n.name): tuple(f"{o.name}{BLOCKED}" for o in n.outputs) for n in canonical.model.graph}
+    found = [
+        PlanPart(name, tuple(n for n in nodes if n in quantized), (*nodes, *(b for n in nodes for b in blocked[n])))
+        for name, nodes in parts.items()
+    ]
     return sorted(found, key=lambda part: order[part.layers[0]])
 
 

@@ -13,8 +13,10 @@ import onnx.shape_inference
 import onnx_ir as ir
 import pytest
 
+from attn_deploy.export.canonical import CanonicalModel
 from attn_deploy.export.functions import inline_functions
 from attn_deploy.export.lower.cpu_int8_chain import KERNELS, chain_layers, lower_chain
+from attn_deploy.export.lower.onnxruntime_cpu import lower
 from attn_deploy.export.precision.collected import ValueStatistics
 from attn_deploy.export.precision.int8_chain import read_by_convolutions, wanted_for_chain
 from attn_deploy.export.precision.map_means import channel_means_of, rounding_shift
@@ -23,6 +25,7 @@ from attn_deploy.export.precision.plan import Exempt, plan_int8
 from attn_deploy.export.precision.statistics import collect_statistics
 from attn_deploy.parity import sqnr_db
 from attn_deploy.precision_plan import LayerPlan, PrecisionPlan, Scheme
+from attn_deploy.target import Precision
 
 sys.path.insert(0, str(Path(__file__).parent))  # for half_models
 
@@ -235,6 +238,19 @@ def test_the_stem_and_depthwise_convolutions_join_the_chain_around_them() -> Non
         LayerPlan(p.layer, Scheme.FLOAT, reasons[p.layer]) if p.layer in reasons else p for p in plan_int8(model).layers
     ]
     assert chain_layers(model, PrecisionPlan(tuple(layers)), KERNELS) == convolutions(model)
+
+
+@pytest.mark.parametrize("kernels", [KERNELS, frozenset()], ids=["kernels", "no kernels"])
+def test_lowering_makes_a_chain_where_the_kernels_are(kernels: frozenset[str]) -> None:
+    model = residual_network()
+    canonical = CanonicalModel(model, (), (), (), {})
+    batches = [{"x": samples(model, 101)}]
+    made = lower(canonical, Precision.INT8, native=kernels, calibration=lambda: batches, open_model=open_model)
+    assert made.library == bool(kernels)
+    assert bool(operators(made.model).keys() & KERNELS) == bool(kernels)
+    assert made.plan.scheme("a1/Conv") is Scheme.STATIC
+    x = samples(model, 7)
+    assert sqnr_db(run(written_out(model), x=x), run(written_out(made.model), x=x)) > 20.0
 
 
 def test_what_is_left_out_for_another_reason_stays_out() -> None:
