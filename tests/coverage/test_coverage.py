@@ -77,7 +77,12 @@ def test_differences_name_module_and_kind() -> None:
 
 GOOD = Record(
     name="m", source="timm:m", tiny=False, parameters=5_700_000, counts=(Count("self-attention", 2, 2, 0),),
-    sites=(SiteDb("a", 130.0), SiteDb("b", 125.0)), outputs=(OutputParity("portable", "openvino", 111.2, 1e-6, True),),
+    sites=(SiteDb("a", 130.0), SiteDb("b", 125.0)),
+    outputs=(
+        OutputParity("portable", "openvino", 111.2, 1e-6, True),
+        OutputParity("site", "onnxruntime", 113.2, 1e-6, True, native=True),
+        OutputParity("block", "onnxruntime", 108.9, 1e-6, True, native=True),
+    ),
     seconds={"capture": 3.0, "recognition": 0.5, "rewriting": 1.0, "onnx": 4.0}, peak_mb=1234,
 )  # fmt: skip
 
@@ -87,13 +92,16 @@ FAULTS = {
     "an unproven site": {"unproven": ("b",)},
     "a site that is not close": {"sites": (SiteDb("a", 59.0),)},
     "an output that is not close": {"outputs": (OutputParity("portable", "openvino", 40.0, 0.1, False),)},
+    "a kernel that is not close": {"outputs": (OutputParity("site", "onnxruntime", 40.0, 0.1, False, native=True),)},
     "no output at all": {"outputs": ()},
 }
 
 
 def test_a_row_shows_counts_worst_figures_and_stages() -> None:
     (row,) = [line for line in coverage_md([GOOD]).splitlines() if line.startswith("| `timm:m`")]
-    assert row == ("| `timm:m` | 5.7 M | 2 self-attention |  | 125 dB | 111 dB |  | 3.0 + 1.5 + 4.0 | 1.2 GB |")
+    assert row == (
+        "| `timm:m` | 5.7 M | 2 self-attention |  | 125 dB | 111 dB | 109 dB (2) |  | 3.0 + 1.5 + 4.0 | 1.2 GB |"
+    )
     assert "1 of 1 models pass." in coverage_md([GOOD])
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from attn_deploy.bundle import open_bundle, write_manifest
 from attn_deploy.export.lower import onnxruntime_cpu
+from attn_deploy.export.lower.lowered import Alternative
 from attn_deploy.runtimes import native
 
 Cli = Callable[..., Any]
@@ -237,3 +238,46 @@ def test_an_export_that_fails_parity_names_the_module(
     assert ran.code == 3
     assert "onnxruntime-cpu-fp32, module blocks.1.attn (PackedAttention)" in ran.json["error"]["where"]
     assert list(tmp_path.iterdir()) == []
+
+
+def wrong_weight(model: ir.Model, form: str, module: str, operand: int) -> None:
+    """A constant of the operator that holds a whole block grows by a tenth."""
+    node = next(n for n in below(model, module) if n.op_type.startswith(form))
+    weight = node.inputs[operand]
+    assert weight is not None
+    change(weight, lambda array: array * 1.1)
+
+
+FUSED: dict[str, tuple[tuple[str, ...], str, str, int]] = {
+    "a feed-forward block": (VIT, "FeedForwardGelu", "blocks.1.mlp", 5),
+    "an attention block": (("transformers_in_miniature:windowed",), "AttentionBlockIndexed", "layers.1.attn", 5),
+}
+"""What is exported; the operator, its module and which of its operands is wrong: weight2, weight_out."""
+
+
+@pytest.mark.parametrize("block", FUSED)
+def test_a_fault_inside_a_fused_block_is_named_by_the_module_of_the_block(
+    block: str, attn_deploy_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values inside are gone: the block is tried whole."""
+    source, form, module, operand = FUSED[block]
+    kernels = frozenset(native.kernel_names())
+    if not kernels:
+        pytest.skip("no native kernels on this CPU")
+    lower = onnxruntime_cpu.lower
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        lowered = lower(*args, **{**kwargs, "native": kernels, "fuse": None})
+        wrong_weight(lowered.model, form, module, operand)
+        return lowered
+
+    monkeypatch.setattr(onnxruntime_cpu, "lower", faulty)
+    monkeypatch.setattr(onnxruntime_cpu, "alternatives", lambda *_: (Alternative("-native"),))
+    ran = attn_deploy_cli(
+        "export", *source, "--weights", "init:0", "--precision", "fp32", "--no-tune", "--threads", "1",
+        "-o", tmp_path / "x.attn", "--json",
+    )  # fmt: skip
+    assert ran.code == 3
+    where = ran.json["error"]["where"]
+    assert where.startswith(f"onnxruntime-cpu-fp32-native, module {module.rpartition('.')[0]} (")
+    assert module in where

@@ -9,10 +9,11 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -23,8 +24,12 @@ from attention_coverage.models import BY_NAME, CoverageModel
 from attn_deploy import runtimes
 from attn_deploy.errors import AttnDeployError
 from attn_deploy.export.build import save_sources
+from attn_deploy.export.candidates import Means, Plan, lowered_candidates
 from attn_deploy.export.canonical import CanonicalModel, portable
 from attn_deploy.export.capture import CapturedModel, capture
+from attn_deploy.export.levelled import LevelledModel
+from attn_deploy.export.lower import onnxruntime_cpu
+from attn_deploy.export.lower.lowered import Conditions
 from attn_deploy.export.recognize import recognize
 from attn_deploy.export.rewrite import RewrittenModel, rewrite
 from attn_deploy.export.site_parity import record_sites, site_cases
@@ -34,7 +39,7 @@ from attn_deploy.memory import measure_peak, serve
 from attn_deploy.parity import FP32_MAX_REL, FP32_MIN_SQNR_DB, Moments, Tolerance, sqnr_db
 from attn_deploy.runtimes import openvino
 from attn_deploy.session import Array, DimBounds, Session
-from attn_deploy.target import Target
+from attn_deploy.target import Precision, Target
 
 BATCHES = (1, 3)
 TIMEOUT_S = 900.0
@@ -56,6 +61,8 @@ class OutputParity(msgspec.Struct, frozen=True):
     sqnr_db: float
     max_rel: float
     passed: bool
+    native: bool = False
+    """With kernels of the native library: `file` says at which grain they ran."""
 
 
 class SiteDb(msgspec.Struct, frozen=True):
@@ -139,7 +146,8 @@ def _measure(model: CoverageModel, tiny: bool, threads: int, clock: _Clock, reac
         reached["sites"] = tuple(_sites(rewritten, canonical, threads))
     with clock.stage("engines"), tempfile.TemporaryDirectory() as folder:
         save_sources(canonical, Path(folder))
-        reached["outputs"] = tuple(_outputs(captured, Path(folder), threads))
+        opened = chain(_engines(Path(folder), threads), _native(canonical, Path(folder), threads))
+        reached["outputs"] = tuple(_outputs(captured, opened))
 
 
 def _compare(expected: Counter[Expected], rewritten: RewrittenModel, stale: tuple[str, ...]) -> dict[str, Any]:
@@ -170,25 +178,56 @@ def _sites(rewritten: RewrittenModel, canonical: CanonicalModel, threads: int) -
         yield SiteDb(case.module, round(sqnr_db(case.expected, got), 1))
 
 
-def _outputs(captured: CapturedModel, folder: Path, threads: int) -> Iterator[OutputParity]:
+class _Opened(NamedTuple):
+    """A file opened in an engine."""
+
+    file: str
+    engine: str
+    session: Session
+    native: bool = False
+
+
+def _engines(folder: Path, threads: int) -> Iterator[_Opened]:
     """canonical.onnx by its function bodies in ONNX Runtime, portable.onnx in ONNX Runtime and OpenVINO."""
+    for file in ("canonical", "portable"):
+        path = folder / f"{file}.onnx"
+        yield _Opened(file, "onnxruntime", runtimes.open_session(Target.ONNXRUNTIME_CPU, path, threads=threads))
+    yield _Opened("portable", "openvino", openvino.open_session(folder / "portable.onnx", threads=threads))
+
+
+def _native(canonical: CanonicalModel, folder: Path, threads: int) -> Iterator[_Opened]:
+    """The lowerings with kernels of the native library: all that can be at each grain, and the blocked layout."""
+    kernels = frozenset(runtimes.kernel_names(Target.ONNXRUNTIME_CPU))
+    model = LevelledModel(canonical, kernels)
+    for level in model.levels[1:]:
+        files = model.save(model.uniform(level), folder / f"{level}.onnx")
+        session = runtimes.open_session(Target.ONNXRUNTIME_CPU, files[0], threads=threads, library=True)
+        yield _Opened(level, "onnxruntime", session, native=True)
+    offered = onnxruntime_cpu.alternatives(canonical, Precision.FP32, Conditions(kernels))
+    plans = [Plan(Target.ONNXRUNTIME_CPU, Precision.FP32, a) for a in offered if a.options]
+    for built, _ in lowered_candidates(canonical, plans, folder, Means(), _Silent()):
+        if runtimes.prepare(built.target, built.files[0], library=built.library, options=built.options) is None:
+            session = runtimes.open_session(
+                built.target, built.files[0], threads=threads, library=built.library, options=built.options
+            )
+            yield _Opened("blocked", "onnxruntime", session, native=True)
+
+
+class _Silent:
+    def step(self, done: int, total: int) -> None:
+        pass
+
+
+def _outputs(captured: CapturedModel, opened: Iterable[_Opened]) -> Iterator[OutputParity]:
     feeds = [make_feeds(captured.inputs, batch=batch, seed=40 + batch) for batch in BATCHES]
     references = [captured.reference(f) for f in feeds]
-    for file, engine in (("canonical", "onnxruntime"), ("portable", "onnxruntime"), ("portable", "openvino")):
-        path = folder / f"{file}.onnx"
-        session: Session
-        if engine == "openvino":
-            session = openvino.open_session(path, threads=threads)
-        else:
-            session = runtimes.open_session(Target.ONNXRUNTIME_CPU, path, threads=threads)
-        results = [session.run(f) for f in feeds]
-        session.close()
-        yield _worst(file, engine, references, results)
+    for one in opened:
+        results = [one.session.run(f) for f in feeds]
+        one.session.close()
+        yield _worst(one, references, results)
 
 
-def _worst(
-    file: str, engine: str, references: list[dict[str, Array]], results: list[Mapping[str, Array]]
-) -> OutputParity:
+def _worst(opened: _Opened, references: list[dict[str, Array]], results: list[Mapping[str, Array]]) -> OutputParity:
     fidelities, passed = [], True
     for reference, result in zip(references, results, strict=True):
         for name, expected in reference.items():
@@ -197,9 +236,8 @@ def _worst(
             fidelity = moments.fidelity()
             fidelities.append(fidelity)
             passed &= TOLERANCE.holds(fidelity) and not moments.constant
-    return OutputParity(
-        file, engine, round(min(f.sqnr_db for f in fidelities), 1), max(f.max_rel for f in fidelities), passed
-    )
+    sqnr, max_rel = round(min(f.sqnr_db for f in fidelities), 1), max(f.max_rel for f in fidelities)
+    return OutputParity(opened.file, opened.engine, sqnr, max_rel, passed, opened.native)
 
 
 def measure_apart(model: CoverageModel, out: Path, *, threads: int) -> Record:

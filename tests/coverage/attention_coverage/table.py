@@ -30,12 +30,14 @@ the project's own initializer's, under which every attention matters (`export/in
 - **output**: the worst output of `canonical.onnx` in ONNX Runtime without our library and of `portable.onnx` in ONNX
   Runtime and OpenVINO, against eager PyTorch, batches {" and ".join(map(str, BATCHES))}. It must reach
   {FP32_MIN_SQNR_DB:g} dB and {FP32_MAX_REL:g} of the range.
+- **native**: the same of what runs on the CPU with our native library: every kernel for its site alone, with the linear
+  layers around it, in one block, and in ONNX Runtime's blocked layout; how many of these the model has stands behind.
 - **unproven**: sites whose corruption on purpose would not show in the model's output.
 - **seconds**: capture, recognition with rewriting and proof of every site, ONNX.
 - **memory**: peak of the whole, checks included.
 
-| model | parameters | attention | skipped | site | output | unproven | seconds | memory |
-|---|--:|---|---|--:|--:|--:|--:|--:|
+| model | parameters | attention | skipped | site | output | native | unproven | seconds | memory |
+|---|--:|---|---|--:|--:|--:|--:|--:|--:|
 """
 
 
@@ -59,7 +61,8 @@ def _row(record: Record) -> str:
         _attention(record) or "none",
         "; ".join(f"{n} {kind}: {reason}" for (kind, reason), n in _skips(record).items()),
         _worst_db([s.sqnr_db for s in record.sites]),
-        _worst_db([o.sqnr_db for o in record.outputs]),
+        _worst_db([o.sqnr_db for o in record.outputs if not o.native]),
+        _native(record),
         str(len(record.unproven) or ""),
         " + ".join(f"{s:.1f}" for s in stages),
         f"{record.peak_mb / 1000:.1f} GB",
@@ -80,6 +83,11 @@ def _skips(record: Record) -> Counter[tuple[str, str]]:
 
 def _worst_db(values: Sequence[float]) -> str:
     return f"{min(values):.0f} dB" if values else ""
+
+
+def _native(record: Record) -> str:
+    found = [o.sqnr_db for o in record.outputs if o.native]
+    return f"{_worst_db(found)} ({len(found)})" if found else "none"
 
 
 def _complaint(record: Record) -> str:
