@@ -189,7 +189,8 @@ class GraphExport:
         found = {} if tuned is None or target is not Target.ONNXRUNTIME_CPU else tuned_levels(tuned)
         kernels = frozenset(runtimes.kernel_names(target))
         blocks = target is Target.ONNXRUNTIME_CPU and self.options.plan is None and runtimes.multiplies_blocks()
-        return Conditions(kernels, self.options.tensorrt_version, found, planner.int8, blocks)
+        plan = planner.int8 if any(p.quantized for p in planner.precisions(target)) else None
+        return Conditions(kernels, self.options.tensorrt_version, found, plan, blocks)
 
     def _folder(self, root: Path) -> Path:
         return root / graph_file(self.name, "")

@@ -259,7 +259,7 @@ class _Emitter:
     def _average_pool(self, unit: WindowUnit, anchor: ir.Node, x: ir.Value) -> ir.Value:
         name, channels = str(unit.node.name), _channels(unit.x)
         attributes = unit.node.attributes
-        size = int((attributes.get_ints("kernel_shape", ()) or ())[0])
+        size = int((attributes.get_ints("kernel_shape") or (1,))[0])
         stride = int((attributes.get_ints("strides", (1, 1)) or (1, 1))[0])
         weight = np.full((channels, 1, size, size), 1.0 / (size * size), np.float32)
         operands = self._conv_operands(name, unit.x, weight, np.zeros(channels, np.float32), depthwise=True)

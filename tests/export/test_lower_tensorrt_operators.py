@@ -149,10 +149,13 @@ def test_every_operator_of_the_table_is_one_of_onnx_or_was() -> None:
 # -- what no version parses ------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "UINT8 between Q and DQ": (model(QDQ, s=SCALE["s"], z=np.array(0, np.uint8)), "quantizes to INT8 or FLOAT8E4M3FN, not UINT8"),
+    "UINT8 between Q and DQ": (
+        model(QDQ, s=SCALE["s"], z=np.array(0, np.uint8)), "quantizes to INT8 or FLOAT8E4M3FN, not UINT8",
+    ),
     "a zero point that is not 0": (model(QDQ, s=SCALE["s"], z=np.array(3, np.int8)), "zero point must be 0, not 3"),
     "no zero point, which means UINT8": (
-        model("q = QuantizeLinear (x, s) y = DequantizeLinear (q, s)", **SCALE), "quantizes to INT8 or FLOAT8E4M3FN, not UINT8",
+        model("q = QuantizeLinear (x, s) y = DequantizeLinear (q, s)", **SCALE),
+        "quantizes to INT8 or FLOAT8E4M3FN, not UINT8",
     ),
     "a scale of 0": (model(QDQ, s=np.zeros((), np.float32), z=INT8_ZERO["z"]), "every scale must be positive"),
     "a scale that is computed": (

@@ -125,7 +125,9 @@ def one_node_model(
         for i in form.inputs
         if i.name not in constants
     ]
-    outputs = [onnx.helper.make_tensor_value_info(name, element_types[form.output_dtype], None) for name in form.outputs]
+    outputs = [
+        onnx.helper.make_tensor_value_info(name, element_types[form.output_dtype], None) for name in form.outputs
+    ]
     node = onnx.helper.make_node(
         form_name, [i.name for i in form.inputs], form.outputs, domain=DOMAIN, name=node_name, **(attributes or {})
     )
