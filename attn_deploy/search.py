@@ -113,7 +113,8 @@ def knapsack(parts: Sequence[Part], capacity: float) -> Plan:
 
 def frontier(parts: Sequence[Part], capacity: float | None) -> list[Plan]:
     """Plans from all parts that gain to none, the fastest first: with the least loss for each of GAIN_SHARES, the part
-    that loses least, and the best for the budget's own `capacity`."""
+    that loses least, and the best for the budget's own `capacity`; and all parts, gain or not, since a part between two
+    in INT8 may cost more in floating point than it seems."""
     gaining = [p for p in parts if p.gain_us > 0]
     plans: list[Plan] = []
     if gaining:
@@ -123,7 +124,8 @@ def frontier(parts: Sequence[Part], capacity: float | None) -> list[Plan]:
         plans.append(frozenset({min(gaining, key=lambda p: p.loss).name}))
     if capacity is not None:
         plans.append(knapsack(parts, capacity))
-    gains = {plan: gain_us(parts, plan) for plan in {*plans, frozenset[str]()}}
+    plans += [frozenset(p.name for p in parts), frozenset()]
+    gains = {plan: gain_us(parts, plan) for plan in plans}
     return sorted(gains, key=lambda plan: (-gains[plan], sorted(plan)))
 
 

@@ -127,11 +127,13 @@ def test_a_budget_that_no_plan_meets_leaves_the_nearest() -> None:
     assert found.nearest.fault == "30.0 dB"
 
 
-def test_where_nothing_gains_nothing_is_quantized_and_the_budget_is_met() -> None:
+def test_where_nothing_gains_only_all_or_nothing_is_left_to_measure() -> None:
     parts = [Part("a", 1e-3, -1.0), Part("b", 1e-3, 0.0)]
     found = find(parts, None, measured({"a": 1e-3, "b": 1e-3}, 20.0, []))  # type: ignore[arg-type]
-    assert found.best is not None
-    assert found.best.plan == frozenset()
+    assert [v.plan for v in found.holding] == [frozenset(), {"a", "b"}]
+    missed = find(parts, None, measured({"a": 1e-3, "b": 1e-3}, 40.0, []))  # type: ignore[arg-type]
+    assert missed.best is not None
+    assert missed.best.plan == frozenset()
 
 
 def test_among_equally_fast_plans_the_one_that_loses_least_is_taken() -> None:
