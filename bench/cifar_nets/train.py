@@ -106,7 +106,8 @@ def record(name: str, run: Run, right: int, count: int) -> dict[str, Any]:
 
 @dataclass
 class Run:
-    """A network in training. `trained_s` is wall time inside steps, `cpu_s` what the processor spent on them."""
+    """A network in training. `trained_s` is wall time inside steps, which grows with what else runs on the machine;
+    `cpu_s` is what the processor spent on them, so what a core that does nothing else takes."""
 
     network: CifarNet
     steps_per_epoch: int
