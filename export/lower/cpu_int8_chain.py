@@ -167,7 +167,7 @@ class _Emitter:
                 continue
             producer = levels.producer()
             assert producer is not None
-            name = f"{producer.name}/output"
+            name = _aside(producer, "output")
             first = ir.node("Transpose", [levels], {"perm": FIRST}, name=f"{name}/Transpose")
             inputs = [first.outputs[0], *self._levels(name, self.scales[value], zeros=True)]
             real = ir.node("DequantizeLinear", inputs, {"axis": 1}, name=f"{name}/DequantizeLinear")
@@ -180,7 +180,7 @@ class _Emitter:
     def _map(self, value: ir.Value, anchor: ir.Node) -> ir.Value:
         """The levels of a value; where it is computed in floating point, they begin here."""
         if value not in self.maps:
-            name = f"{anchor.name}/{value.name}"
+            name = f"{_aside(anchor, 'input')}/{value.name}"
             inputs = [value, *self._levels(name, self.scales[value], zeros=True)]
             levels = self._before(anchor, "QuantizeLinear", inputs, f"{name}/QuantizeLinear", {"axis": 1})
             self.maps[value] = self._before(anchor, "Transpose", [levels], f"{name}/Transpose", {"perm": LAST})
@@ -302,6 +302,12 @@ class _Emitter:
         value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
         self.model.graph.register_initializer(value)
         return value
+
+
+def _aside(node: ir.Node, label: str) -> str:
+    """A name in the node's module that does not start with the node's own: a change of form is no part of a site."""
+    module, _, rest = str(node.name).partition("/")
+    return f"{module}/{label}/{rest}"
 
 
 def _is_ours(node: ir.Node) -> bool:
