@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,11 +18,20 @@ from attn_deploy.report import html_page
 from attn_deploy.validation import require_passed, validate
 
 
+@pytest.fixture(scope="module")
+def proven(attn_deploy_cli: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In FP32 alone: what `validate` proves without data."""
+    out = tmp_path_factory.mktemp("proven") / "demo.attn"
+    ran = attn_deploy_cli("export", "--precision", "fp32", "--threads", "1", "-o", out)
+    assert ran.code == 0, ran.err
+    return out
+
+
 @pytest.fixture
-def unproven(demo_bundle: Path, tmp_path: Path) -> Path:
+def unproven(proven: Path, tmp_path: Path) -> Path:
     """The demo as an export with --allow-unproven leaves it on a host that cannot run its target."""
     path = tmp_path / "unproven.attn"
-    shutil.copytree(demo_bundle, path)
+    shutil.copytree(proven, path)
     bundle = open_bundle(path)
     receipt = bundle.receipt()
     rows = tuple(
